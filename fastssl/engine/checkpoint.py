@@ -1,0 +1,124 @@
+"""Checkpoints: written whole or not at all, and read back only if they are whole."""
+
+import os
+import pickle
+import re
+import zipfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fastssl.engine.config import IDENTITY, PLACE, Config, to_dict
+from fastssl.errors import FastsslError
+
+FORMAT = 1  # raised when an older reader could not understand the file
+KEYS = {"format", "method", "config", "model", "optimizer", "step", "total_steps", "rng"}
+
+
+def save(path: Path, state: Mapping[str, Any]) -> None:
+    """Write `state` to `path` so that a crash at any moment leaves the old file or the new one, never half of one.
+
+    Raises:
+        FastsslError: it cannot be written (disk full, folder gone); nothing that was there before is touched.
+    """
+    temporary = path.with_suffix(".tmp")
+    try:
+        with open(temporary, "wb") as file:
+            torch.save({"format": FORMAT, **state}, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+        sync_folder(path.parent)
+    except (OSError, RuntimeError) as error:  # torch.save turns some write errors into RuntimeError
+        temporary.unlink(missing_ok=True)
+        reason = " ".join(str(error).split())
+        raise FastsslError(
+            f"cannot write the checkpoint '{path}' ({reason}): earlier checkpoints are untouched"
+        ) from None
+
+
+def sync_folder(folder: Path) -> None:
+    """Bring a folder's entries to the disk: a rename is only safe after that."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def load(path: Path) -> dict[str, Any]:
+    """Read a checkpoint (weights_only: it can hold tensors and plain values, no code).
+
+    Raises:
+        FastsslError: there is none, it is damaged, or it is not one of fastssl's.
+    """
+    if not path.is_file():
+        raise FastsslError(f"there is no checkpoint '{path}'")
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except (OSError, RuntimeError, EOFError, ValueError, KeyError, pickle.UnpicklingError, zipfile.BadZipFile) as error:
+        reason = " ".join(str(error).split())[:120]
+        raise FastsslError(f"the checkpoint '{path}' is damaged or not a checkpoint ({reason})") from None
+    if not isinstance(state, dict) or not state.keys() >= KEYS:
+        raise FastsslError(f"'{path}' is not a checkpoint of fastssl.train")
+    if state["format"] != FORMAT:
+        raise FastsslError(f"'{path}' has format {state['format']}, this version of fastssl reads format {FORMAT}")
+    return state
+
+
+def check_fits(path: Path, state: Mapping[str, Any], config: Config) -> None:
+    """Refuse a checkpoint of another method, network or place in the data.
+
+    Raises:
+        FastsslError: naming the first difference and how to proceed.
+    """
+    if state["method"] != config.method:
+        raise FastsslError(
+            f"'{path}' is a checkpoint of {state['method']}, this is {config.method}: "
+            f"use `fastssl.train {state['method']}`, or another --output"
+        )
+    here = to_dict(config)
+    for name in (*IDENTITY, *PLACE):
+        if name in here and state["config"].get(name) != here[name]:
+            raise FastsslError(
+                f"'{path}' was trained with {name} {state['config'].get(name)}, here it is {here[name]}: "
+                f"use --{name} {state['config'].get(name)}, or another --output"
+            )
+
+
+class CheckpointFolder:
+    """The checkpoints of one run, named by step; keeps the newest `keep`."""
+
+    def __init__(self, folder: Path, keep: int = 2) -> None:
+        self.folder, self.keep = folder, keep
+
+    def paths(self) -> list[Path]:
+        """All checkpoints, oldest first."""
+        found = [p for p in self.folder.glob("step-*.pt") if re.fullmatch(r"step-\d+\.pt", p.name)]
+        return sorted(found, key=lambda p: int(p.stem.split("-")[1]))
+
+    def save(self, state: Mapping[str, Any]) -> Path:
+        """Write the state as step-<step>.pt, then delete what is older than the newest `keep`."""
+        path = self.folder / f"step-{state['step']:09d}.pt"
+        save(path, state)
+        for old in self.paths()[: -self.keep]:
+            old.unlink(missing_ok=True)
+        return path
+
+    def newest(self) -> tuple[Path, dict[str, Any], list[str]] | None:
+        """The newest checkpoint that can be read, its state, and what was wrong with newer ones.
+
+        Raises:
+            FastsslError: there are checkpoints and none can be read.
+        """
+        complaints: list[str] = []
+        for path in reversed(self.paths()):
+            try:
+                return path, load(path), complaints
+            except FastsslError as error:
+                complaints.append(str(error))
+        if complaints:
+            raise FastsslError(f"no checkpoint in '{self.folder}' can be read: {complaints[0]}")
+        return None

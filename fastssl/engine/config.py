@@ -1,0 +1,205 @@
+"""What a training is: every field is an option of the command line and a key of a YAML recipe."""
+
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+import yaml
+
+from fastssl.errors import FastsslError
+
+RECIPES = Path(__file__).parents[1] / "recipes"
+
+
+@dataclass(kw_only=True)
+class Recipe:
+    """What a paper fixes, whatever the method: augmentation, network, optimizer, schedule."""
+
+    augmentation: str = "moco_v2"
+    """Views of an image: a name (moco_v1, moco_v2, byol, moco_v2_small, …) or a YAML file."""
+    backbone: str = "resnet50"
+    """Network: small_resnet16/32/64, a ResNet of torchvision, or timm/NAME."""
+    small_images: bool = False
+    """Give a torchvision ResNet a 3×3 stem of stride 1 and no max-pooling, for images of about 32 pixels."""
+    batch_size: int = 256
+    """Images a step, over all processes."""
+    epochs: float = 200
+    """Length of the training in passes over the images."""
+    steps: int | None = None
+    """Length of the training in steps; wins over epochs."""
+    optimizer: Literal["sgd", "lars"] = "sgd"
+    """SGD with momentum, or LARS as in BYOL."""
+    lr: float = 0.03
+    """Learning rate at its highest, before lr_batch."""
+    lr_batch: int | None = None
+    """Multiply lr by batch_size / lr_batch (BYOL: 256); without it lr is taken as it is."""
+    optimizer_momentum: float = 0.9
+    """Momentum of SGD or LARS."""
+    weight_decay: float = 1e-4
+    """L2 weight decay."""
+    decay_norm_and_bias: bool = True
+    """Whether bias and normalisation parameters take weight decay and LARS's scaling (MoCo: yes, BYOL: no)."""
+    lars_eta: float = 1e-3
+    """Trust coefficient of LARS."""
+    lr_schedule: Literal["constant", "cosine", "step", "exponential"] = "cosine"
+    """Course of the learning rate after the warm-up."""
+    lr_per_epoch: bool = True
+    """Change the learning rate at the start of epochs only, as MoCo's authors; otherwise at every step."""
+    lr_milestones: list[float] | None = None
+    """For step: the epochs at which the learning rate is multiplied by lr_gamma."""
+    lr_gamma: float = 0.1
+    """For step and exponential: the factor."""
+    lr_decay_steps: int = 62500
+    """For exponential: steps between two multiplications by lr_gamma."""
+    warmup_epochs: float = 0
+    """Linear rise of the learning rate from 0, in epochs."""
+    seed: int = 0
+    """Seed of weights, queue, order of the images and augmentations."""
+
+
+@dataclass(kw_only=True)
+class RunOptions:
+    """How a training is run here: data, devices, files, what is shown."""
+
+    data: str = "embedded"
+    """Images: embedded, cifar10, cifar100 (NAME:FOLDER to say where), or a folder of images."""
+    holdout: float = 0.0
+    """Share of a folder's images (0…1) kept out of training for evaluation when it has no val or test folder."""
+    gpus: int | None = None
+    """GPUs to train on; 0 is the CPU. Default: all there are."""
+    output: str | None = None
+    """Run folder. Default: runs/NAME-NUMBER."""
+    resume: str = "never"
+    """auto: go on from the newest checkpoint of the run folder; or a checkpoint file; or never."""
+    precision: Literal["auto", "float32", "bfloat16"] = "auto"
+    """bfloat16 autocast, or none; auto: bfloat16 where the device computes it faster."""
+    channels_last: bool = True
+    """Keep images and convolutions in channels_last order."""
+    compile: bool = False
+    """Compile the networks with torch.compile: a minute at the start, faster steps."""
+    loader: Literal["auto", "batched", "torchvision"] = "auto"
+    """Augment whole batches of images in memory, or image by image with torchvision; auto: what the data allows."""
+    workers: int | None = None
+    """Processes that decode and augment files. Default: one a core, at most 8 (torchvision loader only)."""
+    checkpoint_steps: int = 0
+    """Steps between checkpoints; 0: at the end of every epoch only."""
+    keep_checkpoints: int = 2
+    """Checkpoints kept; older ones are deleted."""
+    log_steps: int = 10
+    """Steps between two lines of metrics."""
+    knn_epochs: float = 1
+    """Epochs between two kNN evaluations; 0: none."""
+    knn_k: int = 200
+    """Neighbours that vote."""
+    knn_temperature: float = 0.1
+    """Temperature of the votes' weights."""
+    knn_images: int = 50_000
+    """Most training images used as the kNN's bank."""
+
+
+@dataclass(kw_only=True)
+class MoCoConfig(Recipe, RunOptions):
+    """MoCo v1 and v2 (arXiv:1911.05722, arXiv:2003.04297)."""
+
+    method: ClassVar[str] = "moco"
+
+    dim: int = 128
+    """Components of queries and keys."""
+    queue_size: int = 65536
+    """Keys in the queue."""
+    momentum: float = 0.999
+    """Momentum m of the key encoder."""
+    temperature: float = 0.2
+    """Temperature T of the loss."""
+    head: Literal["fc", "mlp"] = "mlp"
+    """Projection head: fc (v1) or mlp (v2)."""
+    symmetric: bool = False
+    """Take each view as the query once and add the losses."""
+    bn_splits: int = 1
+    """Compute batch norm over so many parts of the batch: the statistics of many GPUs on one."""
+
+
+@dataclass(kw_only=True)
+class BYOLConfig(Recipe, RunOptions):
+    """BYOL (arXiv:2006.07733)."""
+
+    method: ClassVar[str] = "byol"
+
+    projection_dim: int = 256
+    """Components of projections and predictions."""
+    hidden_dim: int = 4096
+    """Width of the hidden layers of projector and predictor."""
+    base_momentum: float = 0.996
+    """Momentum of the target network at the start; it rises to 1 along a cosine."""
+
+
+Config = MoCoConfig | BYOLConfig
+CONFIGS: dict[str, type[MoCoConfig] | type[BYOLConfig]] = {"moco": MoCoConfig, "byol": BYOLConfig}
+
+# What must be the same for a checkpoint to be loaded at all, and for its place in the data to mean anything.
+IDENTITY = ("backbone", "small_images", "dim", "queue_size", "head", "bn_splits", "projection_dim", "hidden_dim")
+PLACE = ("batch_size", "optimizer", "seed")
+LEAST = {
+    "batch_size": 1, "epochs": 0, "steps": 1, "lr": 0, "lr_batch": 1, "optimizer_momentum": 0, "weight_decay": 0,
+    "lars_eta": 0, "lr_gamma": 0, "lr_decay_steps": 1, "warmup_epochs": 0, "seed": 0, "gpus": 0, "workers": 0,
+    "checkpoint_steps": 0, "keep_checkpoints": 1, "log_steps": 1, "knn_epochs": 0, "knn_k": 1, "knn_images": 1,
+    "dim": 1, "queue_size": 1, "bn_splits": 1, "projection_dim": 1, "hidden_dim": 1,
+}  # fmt: skip
+
+
+def check(config: Config) -> None:
+    """Find what is wrong with a configuration before anything is loaded.
+
+    Raises:
+        FastsslError: naming the option, its value and what would be right.
+    """
+    for name, least in LEAST.items():
+        value = getattr(config, name, None)
+        if value is not None and not value >= least:  # `not >=` also refuses nan
+            raise FastsslError(f"{name} must be {least} or more, got {value}")
+    if config.steps is None and config.epochs == 0:
+        raise FastsslError("epochs must be above 0, or give steps")
+    if not config.knn_temperature > 0:
+        raise FastsslError(f"knn_temperature must be above 0, got {config.knn_temperature}")
+    if config.lr_schedule == "step" and not config.lr_milestones:
+        raise FastsslError("lr_schedule step needs lr_milestones, e.g. --lr_milestones [120,160]")
+    splits = getattr(config, "bn_splits", 1)
+    if config.batch_size % splits:
+        raise FastsslError(f"bn_splits {splits} does not divide batch_size {config.batch_size}")
+
+
+def recipe_names(method: str | None = None) -> list[str]:
+    """The recipes that ship with the package, of one method or all."""
+    return sorted(path.stem for path in RECIPES.glob("*.yaml") if method is None or method in path.stem)
+
+
+def recipe_path(recipe: str) -> Path:
+    """The file of a shipped recipe by name, or the file given by path.
+
+    Raises:
+        FastsslError: there is neither.
+    """
+    shipped = RECIPES / f"{recipe}.yaml"
+    path = shipped if shipped.exists() else Path(recipe)
+    if not path.is_file():
+        raise FastsslError(f"unknown recipe '{recipe}': give a YAML file or one of {', '.join(recipe_names())}")
+    return path
+
+
+def to_dict(config: Config) -> dict[str, Any]:
+    """The configuration as plain values, without what belongs to one start of a run only."""
+    return {key: value for key, value in asdict(config).items() if key not in ("output", "resume")}
+
+
+def from_dict(method: str, values: dict[str, Any]) -> Config:
+    """The configuration that `to_dict` gave."""
+    if method not in CONFIGS:
+        raise FastsslError(f"unknown method '{method}'; known are {', '.join(CONFIGS)}")
+    known = {field.name for field in fields(CONFIGS[method])}
+    return CONFIGS[method](**{key: value for key, value in values.items() if key in known})
+
+
+def to_yaml(config: Config) -> str:
+    """The configuration as a recipe file."""
+    header = f"# python -m fastssl.train {config.method} --recipe THIS_FILE\n"
+    return header + yaml.safe_dump(to_dict(config), sort_keys=False)

@@ -1,0 +1,84 @@
+"""A run's folder: config.yaml, metrics.jsonl, log.txt, checkpoints/, tensorboard/ and at the end report.html."""
+
+import json
+import os
+import re
+from pathlib import Path
+from typing import Any
+
+from fastssl.engine.checkpoint import CheckpointFolder
+from fastssl.engine.config import Config, to_yaml
+from fastssl.errors import FastsslError
+
+RUNS = Path("runs")
+
+
+class RunFolder:
+    """Where one run writes; made by `open_run_folder`."""
+
+    def __init__(self, path: Path, keep_checkpoints: int = 2) -> None:
+        self.path = path
+        self.checkpoints = CheckpointFolder(path / "checkpoints", keep_checkpoints)
+        self.config, self.metrics, self.log = path / "config.yaml", path / "metrics.jsonl", path / "log.txt"
+        self.tensorboard, self.report = path / "tensorboard", path / "report.html"
+
+    def cut_metrics(self, step: int) -> None:
+        """Drop the metrics after `step` and a last line cut short by a crash: what follows will be written again."""
+        if not self.metrics.exists():
+            return
+        kept = [json.dumps(row) for row in read_metrics(self.metrics) if row["step"] <= step]
+        write_text(self.metrics, "".join(line + "\n" for line in kept))
+
+
+def open_run_folder(config: Config, name: str) -> RunFolder:
+    """Make the run folder, or find the one to resume.
+
+    Args:
+        config: with `output` and `resume`.
+        name: of the run, for the default output runs/<name>-<number>.
+
+    Raises:
+        FastsslError: it cannot be written, or holds a run and no resume was asked for.
+    """
+    path = Path(config.output) if config.output else _default_output(name, resume=config.resume == "auto")
+    run = RunFolder(path, config.keep_checkpoints)
+    try:
+        run.checkpoints.folder.mkdir(parents=True, exist_ok=True)
+        probe = path / ".writable"
+        probe.write_text("")
+        probe.unlink()
+    except OSError as error:
+        reason = error.strerror or error
+        raise FastsslError(f"cannot write to the output folder '{path}' ({reason}): choose another --output") from None
+    if config.resume == "never" and (run.checkpoints.paths() or run.metrics.exists()):
+        raise FastsslError(f"'{path}' holds a run already: go on with --resume auto, or choose another --output")
+    write_text(run.config, to_yaml(config))
+    return run
+
+
+def _default_output(name: str, resume: bool) -> Path:
+    numbers = [int(m[1]) for p in RUNS.glob(f"{name}-*") if (m := re.fullmatch(rf"{re.escape(name)}-(\d+)", p.name))]
+    if resume and numbers:
+        return RUNS / f"{name}-{max(numbers):03d}"
+    return RUNS / f"{name}-{max(numbers, default=0) + 1:03d}"
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """The rows of a metrics.jsonl; a last line cut short by a crash is left out."""
+    rows = []
+    for line in path.read_text().splitlines():
+        try:
+            rows.append(json.loads(line))
+        except json.JSONDecodeError:
+            break
+    return rows
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a small file whole or not at all."""
+    temporary = path.with_name(path.name + ".tmp")
+    with open(temporary, "w") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)

@@ -1,0 +1,92 @@
+"""Evaluate a checkpoint: ``python -m fastssl.evaluate knn --checkpoint FILE [--data …] [--k K] [--temperature T]``."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from fastssl import cli
+from fastssl.errors import FastsslError
+
+
+@dataclass(kw_only=True)
+class KnnOptions:
+    """Weighted kNN accuracy and instance retrieval of a checkpoint's backbone, beside raw pixels and random weights."""
+
+    checkpoint: Path
+    """A checkpoint of fastssl.train, or its run folder (then the newest one)."""
+    data: str | None = None
+    """Images: embedded, cifar10, cifar100, or a folder. Default: those it was trained on."""
+    holdout: float | None = None
+    """Share of a folder's images used as queries when it has no val or test folder. Default: as in training."""
+    gpus: int | None = None
+    """1: the GPU; 0: the CPU. Default: the GPU if there is one."""
+    k: int = 200
+    """Neighbours that vote."""
+    temperature: float = 0.1
+    """Temperature of the votes' weights: exp(cosine / temperature)."""
+    bank_images: int = 50_000
+    """Most training images used as the bank."""
+    workers: int = 2
+    """Processes that decode image files."""
+
+
+def knn(options: KnnOptions) -> int:
+    """Print the table of `raw pixels / random initialisation / trained`."""
+    from rich.console import Console
+    from torch import nn
+
+    from fastssl.data import augmentation as aug
+    from fastssl.engine.build import build_method, build_source, load_method
+    from fastssl.engine.checkpoint import CheckpointFolder, load
+    from fastssl.engine.config import from_dict
+    from fastssl.engine.device import autocast_dtype, keep_freed_memory, select_device
+    from fastssl.evaluation.evaluator import Evaluator
+    from fastssl.evaluation.report import Result, table
+
+    path = options.checkpoint
+    if path.is_dir():
+        found = CheckpointFolder(path / "checkpoints").paths()
+        if not found:
+            raise FastsslError(f"there is no checkpoint in '{path / 'checkpoints'}'")
+        path = found[-1]
+    state = load(path)
+    config = from_dict(state["method"], state["config"])
+    config.data = options.data or config.data
+    config.holdout = config.holdout if options.holdout is None else options.holdout
+    config.workers = options.workers
+    device = select_device(min(1, options.gpus) if options.gpus is not None else None)
+    keep_freed_memory()
+    augmentation = aug.load(config.augmentation)
+    trained = load_method(config, state)
+    evaluator = Evaluator(
+        build_source(config, augmentation), augmentation, device, autocast_dtype(config.precision, device),
+        k=options.k, temperature=options.temperature, bank_images=options.bank_images,
+        workers=options.workers, seed=config.seed,
+    )  # fmt: skip
+    if evaluator.cannot_knn:
+        raise FastsslError(f"no kNN accuracy for '{config.data}': {evaluator.cannot_knn}")
+    backbones: dict[str, nn.Module | None] = {
+        "raw pixels": None,
+        "random initialisation": build_method(config, 1).backbone.to(device),
+        f"{path.name}, step {state['step']:,}": trained.backbone.to(device),
+    }
+    console = Console(highlight=False)
+    console.print(table([Result(name, evaluator.measure(backbone)) for name, backbone in backbones.items()]))
+    console.print(
+        f"{state['method']} {config.backbone} on {config.data}, k={options.k}, temperature={options.temperature}"
+    )
+    return 0
+
+
+def main(arguments: list[str]) -> int:
+    """Parse and evaluate."""
+    parser = cli.new_parser("Evaluate a checkpoint.", prog="python -m fastssl.evaluate")
+    measures = parser.add_subcommands(dest="measure", metavar="MEASURE", help="")
+    sub = cli.new_parser(KnnOptions.__doc__ or "")
+    sub.add_class_arguments(KnnOptions)
+    measures.add_subcommand("knn", sub, help=(KnnOptions.__doc__ or "").splitlines()[0])
+    parsed = cli.parse(parser, arguments)
+    return knn(KnnOptions(**vars(parsed["knn"])))
+
+
+if __name__ == "__main__":
+    cli.run(main)

@@ -1,0 +1,114 @@
+"""Every op once in plain PyTorch, on any device and in float64: the specification that all backends are tested against.
+
+Inputs have been checked by the public op of the same name; what is written here is the formula.
+"""
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor
+
+Valid = tuple[int | Tensor, int | Tensor]
+
+
+def info_nce(
+    query: Tensor,
+    positive_key: Tensor,
+    negative_keys: Tensor | None,
+    temperature: float | Tensor,
+    reduction: str,
+    negative_mode: str,
+    negatives_normalized: bool,
+    valid: Valid | None,
+) -> Tensor:
+    """Normalise, multiply, and take the cross-entropy of the positive among all keys."""
+    query = F.normalize(query, dim=-1)  # N×D
+    positive_key = F.normalize(positive_key, dim=-1)  # N×D
+    if negative_keys is None:
+        logits = query @ positive_key.T  # N×N, positives on the diagonal
+        labels = torch.arange(len(query), device=query.device)
+        return F.cross_entropy(logits / temperature, labels, reduction=reduction)
+    negative_keys = negative_keys.to(query.dtype)
+    if not negatives_normalized:
+        negative_keys = F.normalize(negative_keys, dim=-1)  # M×D, or N×M×D when paired
+    positive = (query * positive_key).sum(1, keepdim=True)  # N×1
+    if negative_mode == "paired":
+        negative = (query.unsqueeze(1) @ negative_keys.mT).squeeze(1)  # N×M
+    else:
+        negative = query @ negative_keys.T  # N×M
+        if valid is not None:
+            negative = negative.masked_fill(~valid_rows(valid, len(negative_keys), query.device), -torch.inf)
+    logits = torch.cat([positive, negative], 1)  # N×(1+M)
+    labels = torch.zeros(len(query), dtype=torch.long, device=query.device)
+    return F.cross_entropy(logits / temperature, labels, reduction=reduction)
+
+
+def valid_rows(valid: Valid, rows: int, device: torch.device) -> Tensor:
+    """A mask of the `count` rows that begin at `first`, wrapping at the end; nothing is read back to the host."""
+    first, count = valid
+    return (torch.arange(rows, device=device) - first) % max(rows, 1) < count
+
+
+def normalized_mse(prediction: Tensor, target: Tensor) -> Tensor:
+    """‖p/‖p‖ − z/‖z‖‖² = 2 − 2·cos(p, z) per row."""
+    return 2 - 2 * (F.normalize(prediction, dim=-1) * F.normalize(target.detach(), dim=-1)).sum(-1)
+
+
+@torch.no_grad()
+def ema_update_(
+    targets: list[Tensor], sources: list[Tensor], momentum: float | Tensor, shadows: list[Tensor] | None
+) -> None:
+    """θ_k ← m·θ_k + (1−m)·θ_q, tensor by tensor."""
+    for i, (target, source) in enumerate(zip(targets, sources, strict=True)):
+        if target.is_floating_point():
+            target.mul_(momentum).add_(source.to(target.dtype) * (1 - momentum))
+        else:
+            target.copy_(source)
+        if shadows is not None:
+            shadows[i].copy_(target)
+
+
+@torch.no_grad()
+def enqueue_(queue: Tensor, tail: Tensor, filled: Tensor, keys: Tensor) -> None:
+    """Write normalised `keys` behind the newest row, wrapping; what does not fit pushes the oldest rows out."""
+    capacity, count = len(queue), len(keys)
+    kept = keys[max(0, count - capacity) :]  # of more keys than rows, the newest stay
+    first = tail + filled + (count - len(kept))
+    rows = (first + torch.arange(len(kept), device=queue.device)) % capacity
+    queue.index_copy_(0, rows, F.normalize(kept, dim=-1).to(queue.dtype))
+    overflow = (filled + count - capacity).clamp(min=0)
+    tail.copy_((tail + overflow) % capacity)
+    filled.copy_(filled + count - overflow)
+
+
+@torch.no_grad()
+def dequeue_(capacity: int, tail: Tensor, filled: Tensor, count: int) -> None:
+    """Drop the `count` oldest rows, or all if there are fewer."""
+    dropped = filled.clamp(max=count)
+    tail.copy_((tail + dropped) % capacity)
+    filled.sub_(dropped)
+
+
+def shuffle_batch(x: Tensor, source: Tensor, group: dist.ProcessGroup | None) -> Tensor:
+    """The rows `source` (indices into the global batch, rank by rank) of `x`, gathered whole from every rank."""
+    return gather(x, group)[source]
+
+
+def gather(x: Tensor, group: dist.ProcessGroup | None) -> Tensor:
+    """All ranks' rows in the order of ranks; without a process group, `x` itself. No gradient flows."""
+    if world_size(group) == 1:
+        return x
+    x = x.contiguous()
+    parts = [torch.empty_like(x) for _ in range(world_size(group))]
+    dist.all_gather(parts, x, group=group)
+    return torch.cat(parts)
+
+
+def world_size(group: dist.ProcessGroup | None) -> int:
+    """Ranks in `group` (None: the default group); 1 when torch.distributed is not running."""
+    return dist.get_world_size(group) if dist.is_available() and dist.is_initialized() else 1
+
+
+def rank(group: dist.ProcessGroup | None) -> int:
+    """This process's rank in `group`; 0 when torch.distributed is not running."""
+    return dist.get_rank(group) if dist.is_available() and dist.is_initialized() else 0

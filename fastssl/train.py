@@ -1,0 +1,88 @@
+"""Train a method: ``python -m fastssl.train moco|byol [--recipe NAME|FILE] [--data …] [--gpus N] …``."""
+
+from pathlib import Path
+
+import jsonargparse
+
+from fastssl import cli
+from fastssl.engine.config import CONFIGS, Config, recipe_names, recipe_path
+from fastssl.errors import FastsslError
+
+# The recipe when --data is given and --recipe is not.
+RECIPES = {
+    "moco": {"cifar": "moco_cifar10", "folder": "moco_v2_in1k_200ep"},
+    "byol": {"cifar": "byol_cifar10", "folder": "byol_in1k_300ep"},
+}
+
+
+def default_recipe(method: str, data: str | None) -> str:
+    """demo_moco on the embedded images, moco_cifar10 on CIFAR, moco_v2_in1k_200ep on a folder; BYOL alike."""
+    if data is None or data == "embedded":
+        return f"demo_{method}"
+    return RECIPES[method]["cifar" if data.startswith("cifar") else "folder"]
+
+
+def build_parser() -> jsonargparse.ArgumentParser:
+    """The command line: one sub-command a method, every field of its configuration an option."""
+    parser = cli.new_parser("Train a self-supervised method.", prog="python -m fastssl.train")
+    methods = parser.add_subcommands(dest="method", metavar="METHOD", help="")
+    for method, config in CONFIGS.items():
+        summary = (config.__doc__ or "").splitlines()[0]
+        sub = cli.new_parser(summary)
+        names = ", ".join(recipe_names(method))
+        sub.add_argument("--recipe", action="config", help=f"What to start from: a YAML file or {names}.")
+        sub.add_class_arguments(config)
+        methods.add_subcommand(method, sub, help=summary)
+    return parser
+
+
+def parse(arguments: list[str]) -> tuple[Config, str]:
+    """The configuration and the name of the run."""
+    parser = build_parser()
+    if not arguments or arguments[0] not in CONFIGS:
+        cli.parse(parser, arguments)  # prints the help, or raises
+        raise FastsslError(f"give a method first: {' or '.join(CONFIGS)}")
+    method, options = arguments[0], arguments[1:]
+    recipe, options = _take_option(options, "recipe")
+    data, _ = _take_option(options, "data")
+    path = recipe_path(recipe or default_recipe(method, data))
+    for other in CONFIGS:
+        if other != method and path == recipe_path(path.stem) and other in path.stem:
+            raise FastsslError(f"recipe '{path.stem}' is for {other}: give one of {', '.join(recipe_names(method))}")
+    # First the recipe, then the options, so that options win wherever they stand.
+    parsed = cli.parse(parser, [method, f"--recipe={path}", *options])
+    values = {key: value for key, value in vars(parsed[method]).items() if key not in ("recipe", "print_config")}
+    return CONFIGS[method](**values), _run_name(path, method)
+
+
+def _take_option(options: list[str], name: str) -> tuple[str | None, list[str]]:
+    """The last value of an option, and the options without it."""
+    value, rest, waiting = None, [], False
+    for option in options:
+        if waiting:
+            value, waiting = option, False
+        elif option == f"--{name}":
+            waiting = True
+        elif option.startswith(f"--{name}="):
+            value = option.partition("=")[2]
+        else:
+            rest.append(option)
+    if waiting:
+        raise FastsslError(f"--{name} needs a value")
+    return value, rest
+
+
+def _run_name(recipe: Path, method: str) -> str:
+    return method if recipe.name == "config.yaml" else recipe.stem
+
+
+def main(arguments: list[str]) -> int:
+    """Parse, train, and return the exit code."""
+    config, name = parse(arguments)
+    from fastssl.engine.trainer import Trainer  # torch and its company take seconds; a wrong option should not
+
+    return Trainer(config, name).fit()
+
+
+if __name__ == "__main__":
+    cli.run(main)
