@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from fastssl import ops
 from fastssl.errors import FastsslError
-from fastssl.methods.momentum import momentum_copy
+from fastssl.methods.momentum import keep_buffers_local, momentum_copy
 from fastssl.models import byol_head, feature_dim
 
 
@@ -36,8 +36,6 @@ class BYOL(nn.Module):
         >>> method.after_step()
     """
 
-    broadcast_buffers = False  # as in MoCo: each rank's batch-norm statistics are its own
-
     step: Tensor
 
     def __init__(
@@ -60,6 +58,7 @@ class BYOL(nn.Module):
         self.target = momentum_copy(self.online)
         self.predictor = byol_head(projection_dim, hidden_dim, projection_dim)
         self.register_buffer("step", torch.zeros((), dtype=torch.int64))
+        keep_buffers_local(self)
 
     @property
     def backbone(self) -> nn.Module:

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from fastssl import ops
 from fastssl.errors import FastsslError
-from fastssl.methods.momentum import momentum_copy
+from fastssl.methods.momentum import keep_buffers_local, momentum_copy
 from fastssl.models import feature_dim, moco_head, split_batch_norms
 
 
@@ -43,9 +43,6 @@ class MoCo(nn.Module):
         >>> method.after_step()
     """
 
-    # A broadcast of buffers would copy rank 0's queue and statistics over the others and hide that they differ.
-    broadcast_buffers = False
-
     def __init__(
         self,
         backbone: nn.Module,
@@ -74,6 +71,7 @@ class MoCo(nn.Module):
         self.queue = ops.KeyQueue(queue_size, dim, generator=torch.Generator().manual_seed(seed))
         self._generator = torch.Generator().manual_seed(seed)
         self._stash: list[Tensor] = []
+        keep_buffers_local(self)
 
     @property
     def backbone(self) -> nn.Module:

@@ -36,11 +36,12 @@ def info_nce(
         negative = (query.unsqueeze(1) @ negative_keys.mT).squeeze(1)  # N×M
     else:
         negative = query @ negative_keys.T  # N×M
-        if valid is not None:
-            negative = negative.masked_fill(~valid_rows(valid, len(negative_keys), query.device), -torch.inf)
-    logits = torch.cat([positive, negative], 1)  # N×(1+M)
+    logits = torch.cat([positive, negative], 1) / temperature  # N×(1+M)
+    if valid is not None:  # after the division: -inf in it would make a tensor temperature's gradient NaN
+        invalid = ~valid_rows(valid, len(negative_keys), query.device)
+        logits = logits.masked_fill(F.pad(invalid, (1, 0)), -torch.inf)
     labels = torch.zeros(len(query), dtype=torch.long, device=query.device)
-    return F.cross_entropy(logits / temperature, labels, reduction=reduction)
+    return F.cross_entropy(logits, labels, reduction=reduction)
 
 
 def valid_rows(valid: Valid, rows: int, device: torch.device) -> Tensor:

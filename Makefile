@@ -1,0 +1,74 @@
+# Everything happens in .venv; nothing else is touched but pip's cache. `make help` lists the targets.
+PYTHON ?= python3
+TORCH ?= 2.14.1
+TORCHVISION ?= 0.29.1
+DALI ?= auto
+ARGS ?=
+
+VENV := .venv
+PY := $(VENV)/bin/python
+PIP := $(PY) -m pip --disable-pip-version-check -qq
+SOURCES := pyproject.toml setup.py CMakeLists.txt $(shell find csrc -type f)
+
+# A stamp records what an installation was made from; a second call installs nothing.
+TORCH_STAMP := $(VENV)/.torch-$(TORCH)-$(TORCHVISION)
+BASE_STAMP := $(VENV)/.fastssl
+DALI_STAMP := $(VENV)/.dali-$(DALI)
+
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.PHONY: help setup demo test lint bench
+
+help: ## List the targets
+	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "%-8s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
+	@echo
+	@echo "Variables: PYTHON=$(PYTHON) TORCH=$(TORCH) TORCHVISION=$(TORCHVISION) DALI=auto|dali|dali-cu13|none ARGS='...'"
+
+setup: $(BASE_STAMP) $(DALI_STAMP) ## Install fastssl, its tools and DALI into .venv
+
+demo: $(BASE_STAMP) ## Train MoCo on the embedded data; ARGS='--help' lists the options
+	@$(PY) -m fastssl.train moco $(ARGS)
+
+test: lint ## Lint, then test; ARGS='-m "not slow"' goes to pytest
+	@$(PY) -m pytest $(ARGS)
+
+lint: $(BASE_STAMP) ## Check style, format and types
+	@$(PY) -m ruff check
+	@$(PY) -m ruff format --check
+	@$(PY) -m mypy
+
+bench: $(BASE_STAMP) ## Run the benchmarks; ARGS goes to pytest
+	@$(PY) -m pytest benchmarks/ --benchmark-only $(ARGS)
+
+$(PY):
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
+	    { echo "fastssl needs Python 3.10 or newer; name one: make PYTHON=python3.12"; exit 1; }
+	@echo "creating $(VENV) with $$($(PYTHON) --version)"
+	@$(PYTHON) -m venv $(VENV)
+
+$(TORCH_STAMP): | $(PY)
+	@echo "installing torch $(TORCH) and torchvision $(TORCHVISION) (about 5.5 GB, once)"
+	@$(PIP) install torch==$(TORCH) torchvision==$(TORCHVISION)
+	@touch $@
+
+# pip hides a build's output, and with it the reason why the extension or CUDA was left out; hence the log.
+$(BASE_STAMP): $(TORCH_STAMP) $(SOURCES)
+	@echo "building and installing fastssl and its tools"
+	@$(PIP) install 'setuptools>=77' wheel 'pybind11>=3.0,<4' $$(command -v cmake > /dev/null || echo cmake)
+	@$(PY) -m pip install -v --no-build-isolation -e '.[dev]' > $(VENV)/install.log 2>&1 || \
+	    { cat $(VENV)/install.log; exit 1; }
+	@grep 'building extension' $(VENV)/install.log || true
+	@touch $@
+
+$(DALI_STAMP): pyproject.toml | $(BASE_STAMP)
+	@extra=$(DALI); \
+	if [ $$extra = auto ]; then \
+	    case $$($(PY) -c 'import torch; print(torch.version.cuda)') in \
+	        12.*) extra=dali ;; 13.*) extra=dali-cu13 ;; *) extra=none ;; \
+	    esac; \
+	fi; \
+	if [ $$extra != none ]; then \
+	    echo "installing the extra $$extra (about 1 GB, once)"; \
+	    $(PIP) install "fastssl[$$extra]"; \
+	fi
+	@touch $@
