@@ -6,10 +6,11 @@ import jsonargparse
 
 from fastssl import cli
 from fastssl.engine.config import CONFIGS, Config, recipe_names, recipe_path
+from fastssl.engine.config import RECIPES as SHIPPED
 from fastssl.errors import FastsslError
 
 # The recipe when --data is given and --recipe is not.
-RECIPES = {
+DEFAULTS = {
     "moco": {"cifar": "moco_cifar10", "folder": "moco_v2_in1k_200ep"},
     "byol": {"cifar": "byol_cifar10", "folder": "byol_in1k_300ep"},
 }
@@ -19,7 +20,7 @@ def default_recipe(method: str, data: str | None) -> str:
     """demo_moco on the embedded images, moco_cifar10 on CIFAR, moco_v2_in1k_200ep on a folder; BYOL alike."""
     if data is None or data == "embedded":
         return f"demo_{method}"
-    return RECIPES[method]["cifar" if data.startswith("cifar") else "folder"]
+    return DEFAULTS[method]["cifar" if data.startswith("cifar") else "folder"]
 
 
 def build_parser() -> jsonargparse.ArgumentParser:
@@ -46,10 +47,14 @@ def parse(arguments: list[str]) -> tuple[Config, str]:
     recipe, options = _take_option(options, "recipe")
     data, _ = _take_option(options, "data")
     path = recipe_path(recipe or default_recipe(method, data))
-    for other in CONFIGS:
-        if other != method and path == recipe_path(path.stem) and other in path.stem:
-            raise FastsslError(f"recipe '{path.stem}' is for {other}: give one of {', '.join(recipe_names(method))}")
+    if path.parent == SHIPPED and path.stem not in recipe_names(method):
+        raise FastsslError(f"recipe '{path.stem}' is not for {method}: give one of {', '.join(recipe_names(method))}")
     # First the recipe, then the options, so that options win wherever they stand.
+    if path.parent != SHIPPED:
+        try:
+            cli.parse(parser, [method, f"--recipe={path}"])  # alone, to tell its errors from those of the options
+        except FastsslError as error:
+            raise FastsslError(f"{path}: {error}") from None
     parsed = cli.parse(parser, [method, f"--recipe={path}", *options])
     values = {key: value for key, value in vars(parsed[method]).items() if key not in ("recipe", "print_config")}
     return CONFIGS[method](**values), _run_name(path, method)

@@ -30,7 +30,7 @@ def create_backbone(name: str, *, small_images: bool = False) -> nn.Module:
         return SmallResNet(SMALL[name])
     if name.startswith("timm/"):
         return _timm(name.removeprefix("timm/"), small_images)
-    resnets = torchvision.models.list_models(module=torchvision.models.resnet)
+    resnets = torchvision.models.list_models(torchvision.models, include=["resnet*", "resnext*", "wide_resnet*"])
     if name not in resnets:
         known = [*SMALL, *resnets]
         close = difflib.get_close_matches(name, known, n=3) or known

@@ -1,0 +1,1 @@
+"""Speed: ``pytest benchmarks/ --benchmark-only``. Read ratios within one run; machines differ."""

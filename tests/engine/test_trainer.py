@@ -1,0 +1,252 @@
+"""Whole trainings on a handful of images: what is written, and what a stop or a crash leaves behind."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from fastssl import evaluate, train
+from fastssl.engine.checkpoint import load
+from fastssl.engine.run_folder import read_metrics
+from fastssl.engine.trainer import Trainer
+from fastssl.errors import FastsslError
+
+SMALL = (
+    "--backbone small_resnet16 --batch_size 4 --epochs 3 --knn_k 3 --log_steps 1 --precision float32 --gpus 0".split()
+)
+MOCO = [*SMALL, "--queue_size", "10", "--augmentation", "moco_v2_small"]
+BYOL = [*SMALL, "--hidden_dim", "16", "--projection_dim", "8", "--augmentation", "byol_small"]
+
+
+def run(method: str, data: Path, output: Path, *options: str) -> int:
+    base = {"moco": MOCO, "byol": BYOL}[method]
+    recipe = {"moco": "moco_cifar10", "byol": "byol_cifar10"}[method]
+    splits = ["--bn_splits", "2"] if method == "moco" else []
+    arguments = [method, "--recipe", recipe, *base, *splits, "--data", str(data), "--output", str(output), *options]
+    return Trainer(*train.parse(arguments)).fit()
+
+
+def weights(output: Path) -> dict[str, Any]:
+    return load(sorted((output / "checkpoints").iterdir())[-1])
+
+
+def equal(one: Any, other: Any) -> bool:
+    if isinstance(one, Tensor):
+        return torch.equal(one, other)
+    if isinstance(one, dict):
+        return one.keys() == other.keys() and all(equal(one[k], other[k]) for k in one)
+    if isinstance(one, list):
+        return len(one) == len(other) and all(equal(a, b) for a, b in zip(one, other, strict=True))
+    return bool(one == other)
+
+
+def losses(output: Path) -> list[tuple[int, float]]:
+    return [(row["step"], row["loss"]) for row in read_metrics(output / "metrics.jsonl") if "loss" in row]
+
+
+@pytest.mark.parametrize("method", ["moco", "byol"])
+def test_a_run_folder_describes_itself(method: str, image_folder: Path, tmp_path: Path) -> None:
+    output = tmp_path / "run"
+    assert run(method, image_folder, output) == 0
+    rows = read_metrics(output / "metrics.jsonl")
+    assert [step for step, _ in losses(output)] == list(range(1, 10))
+    assert [row["step"] for row in rows if "knn" in row] == [0, 3, 6, 9]
+    assert {"loss", "lr", "momentum", "images_per_second", "epoch"} <= rows[1].keys()
+    assert [p.name for p in sorted((output / "checkpoints").iterdir())] == ["step-000000006.pt", "step-000000009.pt"]
+    assert "data: " in (output / "config.yaml").read_text()
+    assert "9 steps" in (output / "log.txt").read_text()
+    assert any((output / "tensorboard").iterdir())
+    report = (output / "report.html").read_text()
+    for part in ("random initialisation", "raw pixels", "<svg", "data:image/png;base64", "Nearest neighbours"):
+        assert part in report
+    assert "http" not in report.replace("http://www.w3.org", "").replace("http://purl.org", "").replace(
+        "http://creativecommons.org", ""
+    ).replace("https://matplotlib.org", "")  # nothing is fetched
+
+
+@pytest.mark.parametrize("method", ["moco", "byol"])
+def test_a_resumed_run_equals_an_uninterrupted_one(method: str, image_folder: Path, tmp_path: Path) -> None:
+    """Stopped in mid-epoch, at a step with a checkpoint; what was logged after it is dropped and written anew."""
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    run(method, image_folder, whole, "--checkpoint_steps", "2", "--keep_checkpoints", "9")
+    shutil.copytree(whole, broken)
+    for path in sorted((broken / "checkpoints").iterdir()):
+        if int(path.stem.split("-")[1]) > 4:
+            path.unlink()
+    with open(broken / "metrics.jsonl", "a") as file:
+        file.write('{"step": 9, "lo')  # the line that a crash cut short
+    run(method, image_folder, broken, "--resume", "auto", "--checkpoint_steps", "2", "--keep_checkpoints", "9")
+    assert losses(broken) == losses(whole)
+    one, other = weights(whole), weights(broken)
+    for part in ("model", "optimizer", "step", "rng"):
+        assert equal(one[part], other[part]), part
+
+
+def test_ctrl_c_saves_and_resume_goes_on(image_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    output, calls = tmp_path / "run", []
+    step = Trainer._train_step
+
+    def interrupted(self: Trainer, views: list[Tensor]) -> Tensor:
+        calls.append(self.step)
+        if len(calls) == 5:
+            os.kill(os.getpid(), signal.SIGINT)
+        return step(self, views)
+
+    monkeypatch.setattr(Trainer, "_train_step", interrupted)
+    assert run("moco", image_folder, output) == 130
+    assert weights(output)["step"] == 5
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    assert run("moco", image_folder, output, "--resume", "auto") == 0
+    assert calls == list(range(9))
+    assert [s for s, _ in losses(output)] == list(range(1, 10))
+
+
+@pytest.mark.slow  # starts the command twice
+def test_kill_9_in_mid_epoch_and_resume(image_folder: Path, tmp_path: Path) -> None:
+    output = tmp_path / "run"
+    options = ["--data", str(image_folder), "--output", str(output), "--resume", "auto", "--checkpoint_steps", "1"]
+    command = [sys.executable, "-m", "fastssl.train", "moco", "--recipe", "moco_cifar10", *MOCO, "--bn_splits", "1"]
+    command += [*options, "--epochs", "400", "--knn_epochs", "0"]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
+    deadline = time.time() + 90
+    while len(list((output / "checkpoints").glob("*.pt"))) < 2 and time.time() < deadline:
+        time.sleep(0.05)
+    process.kill()
+    process.wait()
+    reached = weights(output)["step"]
+    assert reached > 0
+    done = subprocess.run([*command, "--steps", str(reached + 5)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "resumed from" in done.stdout
+    assert [s for s, _ in losses(output)] == list(range(1, reached + 6))
+
+
+def test_a_run_is_not_overwritten(image_folder: Path, tmp_path: Path) -> None:
+    run("moco", image_folder, tmp_path / "run", "--epochs", "1")
+    with pytest.raises(FastsslError, match=r"holds a run already: go on with --resume auto"):
+        run("moco", image_folder, tmp_path / "run")
+    with pytest.raises(FastsslError, match="checkpoint of moco, this is byol"):
+        run("byol", image_folder, tmp_path / "run", "--resume", "auto")
+    with pytest.raises(FastsslError, match=r"there is no checkpoint 'gone\.pt'"):
+        run("moco", image_folder, tmp_path / "other", "--resume", "gone.pt")
+
+
+def test_default_outputs_are_numbered(image_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    arguments = ["moco", "--recipe", "moco_cifar10", *MOCO, "--bn_splits", "1", "--data", str(image_folder)]
+    arguments += ["--epochs", "1", "--knn_epochs", "0"]
+    for _ in range(2):
+        Trainer(*train.parse(arguments)).fit()
+    assert sorted(p.name for p in (tmp_path / "runs").iterdir()) == ["moco_cifar10-001", "moco_cifar10-002"]
+    trainer = Trainer(*train.parse([*arguments, "--resume", "auto"]))
+    assert (trainer.run.path.name, trainer.step) == ("moco_cifar10-002", 3)
+
+
+def test_unlabelled_images_train_without_knn(
+    image_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    flat = tmp_path / "flat"
+    flat.mkdir()
+    for index, path in enumerate((image_folder / "train").rglob("*.png")):
+        shutil.copy(path, flat / f"{index}.png")
+    assert run("moco", flat, tmp_path / "run", "--epochs", "1") == 0
+    assert "no kNN accuracy: no held-out images" in capsys.readouterr().out
+    assert (tmp_path / "run" / "report.html").exists()
+    assert run("moco", flat, tmp_path / "held", "--epochs", "1", "--holdout", "0.3") == 0
+    assert "no kNN accuracy: the images have no labels" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("options", "named"),
+    [
+        (("--gpus", "8"), "gpus 8 asks for more than the 0 GPUs of this machine: use --gpus 0"),
+        (("--batch_size", "14"), "batch_size 14 is larger than the 12 training images"),
+        (("--backbone", "resnet9"), "unknown backbone 'resnet9'"),
+        (("--augmentation", "none"), "unknown augmentation 'none'"),
+        (("--data", "nowhere"), "there is no folder 'nowhere'"),
+        (("--loader", "batched", "--data", "MIXED"), "--loader torchvision"),
+    ],
+)
+def test_wrong_inputs_end_before_anything_is_written(
+    options: tuple[str, ...], named: str, image_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    if "MIXED" in options:
+        from PIL import Image
+
+        Image.new("RGB", (9, 9)).save(image_folder / "train" / "dog" / "99.png")
+        options = (*options[:-1], str(image_folder))
+    with pytest.raises(FastsslError, match=named):
+        run("moco", image_folder, tmp_path / "run", *options)
+    assert not (tmp_path / "run").exists()
+
+
+def test_an_unwritable_output_is_named(image_folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(FastsslError, match=r"cannot write to the output folder '.*file/run'"):
+        run("moco", image_folder, tmp_path / "file" / "run")
+
+
+def test_a_full_disk_does_not_end_the_training(
+    image_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save, calls = torch.save, []
+
+    def full_once(content: object, file: Any) -> None:
+        calls.append(1)
+        if len(calls) == 1:
+            raise OSError(28, "No space left on device")
+        save(content, file)
+
+    monkeypatch.setattr(torch, "save", full_once)
+    assert run("moco", image_folder, tmp_path / "run") == 0
+    assert "No space left" in (tmp_path / "run" / "log.txt").read_text()
+    assert weights(tmp_path / "run")["step"] == 9
+
+
+def test_a_loss_that_is_no_number_ends_the_training(
+    image_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Trainer, "_train_step", lambda self, views: torch.tensor(float("nan")))
+    with pytest.raises(FastsslError, match=r"the loss is nan at step 1: lower --lr"):
+        run("moco", image_folder, tmp_path / "run")
+
+
+def test_evaluate_gives_the_trainings_last_accuracy(
+    image_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run("moco", image_folder, tmp_path / "run")
+    last = [row["knn"] for row in read_metrics(tmp_path / "run" / "metrics.jsonl") if "knn" in row][-1]
+    capsys.readouterr()
+    checkpoint = tmp_path / "run" / "checkpoints" / "step-000000009.pt"
+    for path in (checkpoint, tmp_path / "run"):
+        assert evaluate.main(["knn", "--checkpoint", str(path), "--k", "3", "--gpus", "0"]) == 0
+        shown = capsys.readouterr().out
+        assert "raw pixels" in shown
+        assert f"{last:.1%}" in next(line for line in shown.splitlines() if "step-000000009" in line)
+    with pytest.raises(FastsslError, match="there is no checkpoint"):
+        evaluate.main(["knn", "--checkpoint", str(tmp_path / "none.pt")])
+    with pytest.raises(FastsslError, match=r"no kNN accuracy .* --holdout"):
+        evaluate.main(["knn", "--checkpoint", str(checkpoint), "--data", str(image_folder / "train")])
+
+
+def test_metrics_are_json_lines(image_folder: Path, tmp_path: Path) -> None:
+    run("moco", image_folder, tmp_path / "run", "--epochs", "1")
+    assert all(json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines())
+
+
+@pytest.mark.slow  # compiles C++ for a minute
+def test_compiled_networks_train_the_same(image_folder: Path, tmp_path: Path) -> None:
+    for name, options in (("eager", ()), ("compiled", ("--compile", "true"))):
+        run("moco", image_folder, tmp_path / name, "--epochs", "1", *options)
+    one, other = losses(tmp_path / "eager"), losses(tmp_path / "compiled")
+    assert [loss for _, loss in one] == pytest.approx([loss for _, loss in other], abs=1e-3)
