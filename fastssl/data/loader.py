@@ -4,6 +4,7 @@ So a resumed run sees what an uninterrupted one would have seen, whatever the nu
 """
 
 import hashlib
+import signal
 from collections.abc import Iterator
 from typing import Protocol
 
@@ -103,6 +104,7 @@ class TorchvisionLoader:
             num_workers=workers,
             persistent_workers=workers > 0,
             pin_memory=torch.cuda.is_available(),
+            worker_init_fn=_leave_signals_to_the_trainer,
             collate_fn=_collate,
         )
 
@@ -182,6 +184,11 @@ class _Views(Dataset[Sample]):
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(mixed_seed(self.seed, epoch, index))
             return [transform(image) for transform in self.transforms]
+
+
+def _leave_signals_to_the_trainer(worker: int) -> None:
+    """A terminal sends Ctrl-C to all processes; workers that died of it would take the trainer's last step along."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def _collate(samples: list[Sample]) -> Sample:

@@ -107,6 +107,12 @@ class CheckpointFolder:
             old.unlink(missing_ok=True)
         return path
 
+    def set_aside_after(self, step: int) -> None:
+        """Rename later checkpoints, so that none of an abandoned course is taken for the newest."""
+        for path in self.paths():
+            if int(path.stem.split("-")[1]) > step:
+                path.rename(path.with_name(path.name + ".old"))
+
     def newest(self) -> tuple[Path, dict[str, Any], list[str]] | None:
         """The newest checkpoint that can be read, its state, and what was wrong with newer ones.
 

@@ -22,12 +22,17 @@ class RunFolder:
         self.config, self.metrics, self.log = path / "config.yaml", path / "metrics.jsonl", path / "log.txt"
         self.tensorboard, self.report = path / "tensorboard", path / "report.html"
 
-    def cut_metrics(self, step: int) -> None:
-        """Drop the metrics after `step` and a last line cut short by a crash: what follows will be written again."""
-        if not self.metrics.exists():
-            return
-        kept = [json.dumps(row) for row in read_metrics(self.metrics) if row["step"] <= step]
-        write_text(self.metrics, "".join(line + "\n" for line in kept))
+    def prepare(self, config: Config, step: int) -> None:
+        """Write config.yaml and put aside what a run that goes on from `step` will write again.
+
+        The metrics after `step` go, and a last line cut short by a crash; later checkpoints are renamed to *.pt.old.
+        """
+        self.checkpoints.folder.mkdir(parents=True, exist_ok=True)
+        write_text(self.config, to_yaml(config))
+        self.checkpoints.set_aside_after(step)
+        if self.metrics.exists():
+            kept = [json.dumps(row) for row in read_metrics(self.metrics) if row["step"] <= step]
+            write_text(self.metrics, "".join(line + "\n" for line in kept))
 
 
 def open_run_folder(config: Config, name: str) -> RunFolder:
@@ -40,25 +45,27 @@ def open_run_folder(config: Config, name: str) -> RunFolder:
     Raises:
         FastsslError: it cannot be written, or holds a run and no resume was asked for.
     """
-    path = Path(config.output) if config.output else _default_output(name, resume=config.resume == "auto")
+    path = Path(config.output) if config.output else _default_output(config.resume, name)
     run = RunFolder(path, config.keep_checkpoints)
+    goes_on = config.resume == "auto" or Path(config.resume).parent.resolve() == run.checkpoints.folder.resolve()
+    if not goes_on and (run.checkpoints.paths() or run.metrics.exists()):
+        raise FastsslError(f"'{path}' holds a run already: go on with --resume auto, or choose another --output")
     try:
-        run.checkpoints.folder.mkdir(parents=True, exist_ok=True)
+        path.mkdir(parents=True, exist_ok=True)
         probe = path / ".writable"
         probe.write_text("")
         probe.unlink()
     except OSError as error:
         reason = error.strerror or error
         raise FastsslError(f"cannot write to the output folder '{path}' ({reason}): choose another --output") from None
-    if config.resume == "never" and (run.checkpoints.paths() or run.metrics.exists()):
-        raise FastsslError(f"'{path}' holds a run already: go on with --resume auto, or choose another --output")
-    write_text(run.config, to_yaml(config))
     return run
 
 
-def _default_output(name: str, resume: bool) -> Path:
+def _default_output(resume: str, name: str) -> Path:
+    if Path(resume).parent.name == "checkpoints":
+        return Path(resume).parent.parent  # a checkpoint goes on in its own folder
     numbers = [int(m[1]) for p in RUNS.glob(f"{name}-*") if (m := re.fullmatch(rf"{re.escape(name)}-(\d+)", p.name))]
-    if resume and numbers:
+    if resume == "auto" and numbers:
         return RUNS / f"{name}-{max(numbers):03d}"
     return RUNS / f"{name}-{max(numbers, default=0) + 1:03d}"
 

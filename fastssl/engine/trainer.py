@@ -1,5 +1,6 @@
 """The training loop."""
 
+import math
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -60,21 +61,11 @@ class Trainer:
         self.method = self._place(build_method(config, self.total_steps))
         self.optimizer = make_optimizer(self.method, config)
         self.rate: Callable[[int], float] = learning_rate(config, len(self.loader), self.total_steps)
+        self.last = (math.nan, 0.0)  # loss and images/s as logged last
         torch.manual_seed(mixed_seed(config.seed, "training"))
-        self.resumed = ""
-        checkpoint = Path(config.resume) if config.resume not in ("auto", "never") else None
-        state = None if checkpoint is None else load(checkpoint)
-        if checkpoint is not None and state is not None:
-            check_fits(checkpoint, state, config)
         self.run: RunFolder = open_run_folder(config, name)
-        complaints: list[str] = []
-        if config.resume == "auto" and (found := self.run.checkpoints.newest()):
-            checkpoint, state, complaints = found
-            check_fits(checkpoint, state, config)
-        if checkpoint is not None and state is not None:
-            self._restore(state)
-            self.resumed = "\n".join([*complaints, f"resumed from {checkpoint} at step {self.step}"])
-        self.run.cut_metrics(self.step)
+        self.resumed = self._resume()
+        self.run.prepare(config, self.step)
 
     def fit(self) -> int:
         """Train to the end and write the report; returns 0, or 128 + the signal that asked to stop."""
@@ -138,7 +129,7 @@ class Trainer:
         return loss.detach()
 
     def _log(self, log: RunLogger, loss: float, speed: float) -> None:
-        if not loss - loss == 0:  # nan or infinite
+        if not math.isfinite(loss):
             raise FastsslError(
                 f"the loss is {loss} at step {self.step}: lower --lr (now {self.rate(self.step - 1):g}) or lengthen "
                 f"--warmup_epochs; {self._last_checkpoint()}"
@@ -220,6 +211,23 @@ class Trainer:
             "optimizer": self.optimizer.state_dict(), "step": self.step, "total_steps": self.total_steps,
             "seconds": self.seconds, "rng": rng,
         }  # fmt: skip
+
+    def _resume(self) -> str:
+        """Go on from the checkpoint that the configuration asks for; returns what to say about it."""
+        complaints: list[str] = []
+        if self.config.resume == "never":
+            return ""
+        if self.config.resume == "auto":
+            found = self.run.checkpoints.newest()
+            if found is None:
+                return ""
+            path, state, complaints = found
+        else:
+            path = Path(self.config.resume)
+            state = load(path)
+        check_fits(path, state, self.config)
+        self._restore(state)
+        return "\n".join([*complaints, f"resumed from {path} at step {self.step}"])
 
     def _restore(self, state: dict[str, Any]) -> None:
         self.method.load_state_dict(state["model"])

@@ -130,6 +130,40 @@ def test_kill_9_in_mid_epoch_and_resume(image_folder: Path, tmp_path: Path) -> N
     assert [s for s, _ in losses(output)] == list(range(1, reached + 6))
 
 
+@pytest.mark.slow  # starts the command
+def test_ctrl_c_in_a_terminal_reaches_the_workers_too(image_folder: Path, tmp_path: Path) -> None:
+    output = tmp_path / "run"
+    command = [sys.executable, "-m", "fastssl.train", "moco", "--recipe", "moco_cifar10", *MOCO, "--bn_splits", "1"]
+    command += ["--data", str(image_folder), "--output", str(output), "--loader", "torchvision", "--workers", "2"]
+    command += ["--epochs", "4000", "--knn_epochs", "0"]
+    process = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
+    )
+    deadline = time.time() + 90
+    while not list((output / "checkpoints").glob("*.pt")) and time.time() < deadline:
+        time.sleep(0.05)
+    os.killpg(process.pid, signal.SIGINT)
+    stdout, stderr = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "SIGINT: saved" in stdout
+    assert "Traceback" not in stderr
+
+
+def test_going_back_to_a_checkpoint(image_folder: Path, tmp_path: Path) -> None:
+    """--resume FILE goes on in its folder; later checkpoints are put aside, not taken for the newest."""
+    output = tmp_path / "run"
+    run("moco", image_folder, output, "--keep_checkpoints", "9")
+    before = losses(output)
+    first = output / "checkpoints" / "step-000000003.pt"
+    recipe = ["moco", "--recipe", "moco_cifar10", *MOCO, "--bn_splits", "2", "--data", str(image_folder)]
+    trainer = Trainer(*train.parse([*recipe, "--resume", str(first), "--keep_checkpoints", "9"]))
+    assert (trainer.run.path, trainer.step) == (output, 3)
+    names = sorted(p.name for p in first.parent.iterdir())
+    assert names == ["step-000000003.pt", "step-000000006.pt.old", "step-000000009.pt.old"]
+    trainer.fit()
+    assert losses(output) == before
+
+
 def test_a_run_is_not_overwritten(image_folder: Path, tmp_path: Path) -> None:
     run("moco", image_folder, tmp_path / "run", "--epochs", "1")
     with pytest.raises(FastsslError, match=r"holds a run already: go on with --resume auto"):
