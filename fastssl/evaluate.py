@@ -19,10 +19,10 @@ class KnnOptions:
     """Share of a folder's images used as queries when it has no val or test folder. Default: as in training."""
     gpus: int | None = None
     """1: the GPU; 0: the CPU. Default: the GPU if there is one."""
-    k: int = 200
-    """Neighbours that vote."""
-    temperature: float = 0.1
-    """Temperature of the votes' weights: exp(cosine / temperature)."""
+    k: int | None = None
+    """Neighbours that vote. Default: as in training."""
+    temperature: float | None = None
+    """Temperature of the votes' weights, exp(cosine / temperature). Default: as in training."""
     bank_images: int = 50_000
     """Most training images used as the bank."""
     workers: int = 2
@@ -52,14 +52,15 @@ def knn(options: KnnOptions) -> int:
     config = from_dict(state["method"], state["config"])
     config.data = options.data or config.data
     config.holdout = config.holdout if options.holdout is None else options.holdout
-    config.workers = options.workers
+    k = config.knn_k if options.k is None else options.k
+    temperature = config.knn_temperature if options.temperature is None else options.temperature
     device = select_device(min(1, options.gpus) if options.gpus is not None else None)
     keep_freed_memory()
     augmentation = aug.load(config.augmentation)
     trained = load_method(config, state)
     evaluator = Evaluator(
         build_source(config, augmentation), augmentation, device, autocast_dtype(config.precision, device),
-        k=options.k, temperature=options.temperature, bank_images=options.bank_images,
+        k=k, temperature=temperature, bank_images=options.bank_images,
         workers=options.workers, seed=config.seed,
     )  # fmt: skip
     if evaluator.cannot_knn:
@@ -71,9 +72,7 @@ def knn(options: KnnOptions) -> int:
     }
     console = Console(highlight=False)
     console.print(table([Result(name, evaluator.measure(backbone)) for name, backbone in backbones.items()]))
-    console.print(
-        f"{state['method']} {config.backbone} on {config.data}, k={options.k}, temperature={options.temperature}"
-    )
+    console.print(f"{state['method']} {config.backbone} on {config.data}, k={k}, temperature={temperature}")
     return 0
 
 

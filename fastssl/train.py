@@ -31,7 +31,11 @@ def build_parser() -> jsonargparse.ArgumentParser:
         summary = (config.__doc__ or "").splitlines()[0]
         sub = cli.new_parser(summary)
         names = ", ".join(recipe_names(method))
-        sub.add_argument("--recipe", action="config", help=f"What to start from: a YAML file or {names}.")
+        sub.add_argument(
+            "--recipe",
+            action="config",
+            help=f"What to start from, before the defaults shown here: a YAML file or {names}.",
+        )
         sub.add_class_arguments(config)
         methods.add_subcommand(method, sub, help=summary)
     return parser
