@@ -19,13 +19,13 @@ def run(main: Callable[[list[str]], int], arguments: Sequence[str] | None = None
         code = main(list(sys.argv[1:] if arguments is None else arguments))
     except FastsslError as error:
         code = _fail(str(error))
+    except BrokenPipeError:  # the reader of our output has gone
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code = 141
     except OSError as error:  # a full disk, a folder that went away
         code = _fail(f"{error.strerror or error}{f': {error.filename}' if error.filename else ''}")
     except KeyboardInterrupt:
         code = 130
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        code = 141
     sys.exit(code)
 
 
@@ -45,6 +45,8 @@ def parse(parser: jsonargparse.ArgumentParser, arguments: list[str]) -> jsonargp
         return parser.parse_args(arguments)
     except jsonargparse.ArgumentError as error:
         raise FastsslError(_one_line(str(error), _options(parser, arguments))) from None
+    except UnicodeDecodeError as error:
+        raise FastsslError(f"a recipe must be UTF-8 text ({error.reason} at byte {error.start})") from None
 
 
 def _fail(message: str) -> int:

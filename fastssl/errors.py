@@ -6,3 +6,7 @@ class FastsslError(ValueError):
 
     Command lines print it as one line and exit with a code other than 0; libraries see an ordinary ``ValueError``.
     """
+
+
+class DataError(FastsslError):
+    """An image that cannot be read: a training saves a checkpoint before it ends with this."""

@@ -31,11 +31,12 @@ class KnnOptions:
 
 def knn(options: KnnOptions) -> int:
     """Print the table of `raw pixels / random initialisation / trained`."""
+    import torch
     from rich.console import Console
     from torch import nn
 
     from fastssl.data import augmentation as aug
-    from fastssl.engine.build import build_method, build_source, load_method
+    from fastssl.engine.build import build_method, build_source, load_weights
     from fastssl.engine.checkpoint import CheckpointFolder, load
     from fastssl.engine.config import from_dict
     from fastssl.engine.device import autocast_dtype, keep_freed_memory, select_device
@@ -44,20 +45,25 @@ def knn(options: KnnOptions) -> int:
 
     path = options.checkpoint
     if path.is_dir():
-        found = CheckpointFolder(path / "checkpoints").paths()
-        if not found:
+        found = CheckpointFolder(path / "checkpoints").newest()
+        if found is None:
             raise FastsslError(f"there is no checkpoint in '{path / 'checkpoints'}'")
-        path = found[-1]
-    state = load(path)
+        path, state, _ = found
+    else:
+        state = load(path)
+    for name, least in (("bank_images", 1), ("workers", 0)):
+        if getattr(options, name) < least:
+            raise FastsslError(f"{name} must be {least} or more, got {getattr(options, name)}")
     config = from_dict(state["method"], state["config"])
     config.data = options.data or config.data
     config.holdout = config.holdout if options.holdout is None else options.holdout
     k = config.knn_k if options.k is None else options.k
     temperature = config.knn_temperature if options.temperature is None else options.temperature
-    device = select_device(min(1, options.gpus) if options.gpus is not None else None)
+    device = select_device(min(1, torch.cuda.device_count()) if options.gpus is None else options.gpus)
     keep_freed_memory()
     augmentation = aug.load(config.augmentation)
-    trained = load_method(config, state)
+    trained = build_method(config, state["total_steps"])
+    load_weights(trained, state)
     evaluator = Evaluator(
         build_source(config, augmentation), augmentation, device, autocast_dtype(config.precision, device),
         k=k, temperature=temperature, bank_images=options.bank_images,
@@ -70,7 +76,7 @@ def knn(options: KnnOptions) -> int:
         "random initialisation": build_method(config, 1).backbone.to(device),
         f"{path.name}, step {state['step']:,}": trained.backbone.to(device),
     }
-    console = Console(highlight=False)
+    console = Console(highlight=False, emoji=False)
     console.print(table([Result(name, evaluator.measure(backbone)) for name, backbone in backbones.items()]))
     console.print(f"{state['method']} {config.backbone} on {config.data}, k={k}, temperature={temperature}")
     return 0

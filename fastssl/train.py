@@ -20,7 +20,7 @@ def default_recipe(method: str, data: str | None) -> str:
     """demo_moco on the embedded images, moco_cifar10 on CIFAR, moco_v2_in1k_200ep on a folder; BYOL alike."""
     if data is None or data == "embedded":
         return f"demo_{method}"
-    return DEFAULTS[method]["cifar" if data.startswith("cifar") else "folder"]
+    return DEFAULTS[method]["cifar" if data.split(":")[0] in ("cifar10", "cifar100") else "folder"]
 
 
 def build_parser() -> jsonargparse.ArgumentParser:
@@ -49,8 +49,10 @@ def parse(arguments: list[str]) -> tuple[Config, str]:
         raise FastsslError(f"give a method first: {' or '.join(CONFIGS)}")
     method, options = arguments[0], arguments[1:]
     recipe, options = _take_option(options, "recipe")
-    data, _ = _take_option(options, "data")
-    path = recipe_path(recipe or default_recipe(method, data))
+    data, output, resume = (_take_option(options, name)[0] for name in ("data", "output", "resume"))
+    path = recipe_path(recipe or _resumed(output, resume) or default_recipe(method, data))
+    if path.name == "config.yaml" and output is None and resume not in (None, "never"):
+        options = [*options, f"--output={path.parent}"]  # a run folder's own configuration goes on there
     if path.parent == SHIPPED and path.stem not in recipe_names(method):
         raise FastsslError(f"recipe '{path.stem}' is not for {method}: give one of {', '.join(recipe_names(method))}")
     # First the recipe, then the options, so that options win wherever they stand.
@@ -61,7 +63,21 @@ def parse(arguments: list[str]) -> tuple[Config, str]:
             raise FastsslError(f"{path}: {error}") from None
     parsed = cli.parse(parser, [method, f"--recipe={path}", *options])
     values = {key: value for key, value in vars(parsed[method]).items() if key not in ("recipe", "print_config")}
-    return CONFIGS[method](**values), _run_name(path, method)
+    config = CONFIGS[method](**values)
+    # The configuration is kept with the run, which may be resumed or evaluated from another folder.
+    for name in ("data", "augmentation"):
+        if Path(getattr(config, name)).exists():
+            setattr(config, name, str(Path(getattr(config, name)).resolve()))
+    return config, _run_name(path, method)
+
+
+def _resumed(output: str | None, resume: str | None) -> str | None:
+    """The configuration of the run that is resumed: without `--recipe`, what it goes on with."""
+    if resume is None or resume == "never":
+        return None
+    folder = Path(output) if output else Path(resume).parent.parent
+    kept = folder / "config.yaml"
+    return str(kept) if kept.is_file() and (output or resume != "auto") else None
 
 
 def _take_option(options: list[str], name: str) -> tuple[str | None, list[str]]:

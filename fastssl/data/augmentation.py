@@ -1,5 +1,6 @@
 """Augmentation recipes as data: what is done to an image, in which order; `per_image` and `batched` execute it."""
 
+import math
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, ClassVar
@@ -10,6 +11,12 @@ from fastssl.errors import FastsslError
 
 FOLDER = Path(__file__).parent / "augmentations"
 Range = tuple[float, float]
+
+
+def _is_number(value: object, whole: bool = False) -> bool:
+    """A finite number; True and False, which Python counts as numbers, are none."""
+    kinds = int if whole else (int, float)
+    return isinstance(value, kinds) and not isinstance(value, bool) and math.isfinite(value)
 
 
 @dataclass(frozen=True)
@@ -23,8 +30,9 @@ class Step:
             value = getattr(self, field.name)
             if isinstance(value, list):
                 object.__setattr__(self, field.name, tuple(value))
-            if field.type is float and not isinstance(value, (int, float)):
-                raise FastsslError(f"{self.name}: {field.name} must be a number, got {value!r}")
+            if field.type in (float, int) and not _is_number(value, whole=field.type is int):
+                kind = "a whole number" if field.type is int else "a number"
+                raise FastsslError(f"{self.name}: {field.name} must be {kind}, got {value!r}")
         for name in ("area", "aspect", "sigma"):
             self._check_range(name)
         p = getattr(self, "p", 1.0)
@@ -33,7 +41,7 @@ class Step:
 
     def _check_range(self, name: str) -> None:
         bounds = getattr(self, name, (1.0, 1.0))
-        numbers = isinstance(bounds, tuple) and len(bounds) == 2 and all(isinstance(b, (int, float)) for b in bounds)
+        numbers = isinstance(bounds, tuple) and len(bounds) == 2 and all(map(_is_number, bounds))
         if not numbers or not 0 < bounds[0] <= bounds[1]:
             raise FastsslError(f"{self.name}: {name} must be [low, high] with 0 < low <= high, got {bounds!r}")
 
@@ -62,8 +70,8 @@ class RandomShift(Step):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not isinstance(self.pixels, int) or self.pixels < 1:
-            raise FastsslError(f"{self.name}: pixels must be a whole number above 0, got {self.pixels!r}")
+        if self.pixels < 1:
+            raise FastsslError(f"{self.name}: pixels must be 1 or more, got {self.pixels!r}")
 
 
 @dataclass(frozen=True)
@@ -132,7 +140,7 @@ class Solarize(Step):
 
 @dataclass(frozen=True)
 class RandomErasing(Step):
-    """Blacken a random rectangle."""
+    """Blacken a random rectangle; aspect is height / width here, as in torchvision."""
 
     name: ClassVar[str] = "random_erasing"
     area: Range = (0.02, 0.2)
@@ -213,13 +221,15 @@ def parse(content: Any) -> Augmentation:
 def _view(content: Any) -> View:
     keys = _mapping(content, "a view", {field.name for field in fields(View)})
     size, steps = keys.pop("size", None), keys.pop("steps", [])
-    if not isinstance(size, int) or isinstance(size, bool) or size < 1:
+    if not _is_number(size, whole=True) or size < 1:
         raise FastsslError(f"a view's size must be a whole number of pixels, got {size!r}")
     if not isinstance(steps, list):
         raise FastsslError(f"a view's steps must be a list, got {steps!r}")
     for name, value in keys.items():
-        if not (isinstance(value, list) and len(value) == 3 and all(isinstance(v, (int, float)) for v in value)):
+        if not (isinstance(value, list) and len(value) == 3 and all(map(_is_number, value))):
             raise FastsslError(f"a view's {name} must be three numbers, got {value!r}")
+        if name == "std" and min(value) <= 0:
+            raise FastsslError(f"a view's std must be above 0, got {value!r}")
     return View(size, tuple(_step(step) for step in steps), **{name: tuple(value) for name, value in keys.items()})
 
 

@@ -114,9 +114,10 @@ def _resampling(start: Tensor, length: Tensor, side: int, size: int, interpolati
 def _separable(x: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
     """rows · image · columnsᵀ for every image and channel: N×3×H×W, N×h×H, N×w×W -> N×3×h×w."""
     count, channels, height, width = x.shape
-    x = torch.bmm(x.reshape(count, channels * height, width), columns.mT).view(count, channels, height, -1)
-    x = torch.bmm(rows, x.transpose(1, 2).reshape(count, height, -1))
-    return x.view(count, rows.shape[1], channels, -1).transpose(1, 2)
+    h, w = rows.shape[1], columns.shape[1]
+    x = torch.bmm(x.reshape(count, channels * height, width), columns.mT).view(count, channels, height, w)
+    x = torch.bmm(rows, x.transpose(1, 2).reshape(count, height, channels * w))
+    return x.view(count, h, channels, w).transpose(1, 2)
 
 
 @draw.register
@@ -288,7 +289,8 @@ def _pil_blur(sigma: Tensor, side: int, _: int) -> Tensor:
 @draw.register
 def _(step: aug.RandomErasing, x: Tensor, generator: torch.Generator) -> Parameters:
     do = _chance(len(x), step.p, generator)
-    return {"box": _boxes(len(x), x.shape[-2:], step.area, step.aspect, generator) * do.view(-1, 1)}
+    aspect = 1 / step.aspect[1], 1 / step.aspect[0]  # torchvision's erasing means height / width
+    return {"box": _boxes(len(x), x.shape[-2:], step.area, aspect, generator) * do.view(-1, 1)}
 
 
 @apply.register

@@ -5,7 +5,7 @@ So a resumed run sees what an uninterrupted one would have seen, whatever the nu
 
 import hashlib
 import signal
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Protocol
 
 import torch
@@ -98,15 +98,7 @@ class TorchvisionLoader:
     def __init__(self, images: Images, augmentation: Augmentation, batch_size: int, *, workers: int, seed: int) -> None:
         self.batch_size, self.seed, self.count = batch_size, seed, len(images)
         self._epoch = _Epoch()
-        self._loader = DataLoader(
-            _Views(images, augmentation.views, seed),
-            batch_sampler=self._epoch,
-            num_workers=workers,
-            persistent_workers=workers > 0,
-            pin_memory=torch.cuda.is_available(),
-            worker_init_fn=_leave_signals_to_the_trainer,
-            collate_fn=_collate,
-        )
+        self._loader = _data_loader(_Views(images, augmentation.views, seed), self._epoch, workers, persistent=True)
 
     def __len__(self) -> int:
         return self.count // self.batch_size
@@ -134,7 +126,7 @@ def view_batches(
         [(0, index) for index in range(first, min(first + batch_size, len(images)))]
         for first in range(0, len(images), batch_size)
     ]
-    loader = DataLoader(_Views(images, (view,), seed), batch_sampler=batches, num_workers=workers, collate_fn=_collate)
+    loader = _data_loader(_Views(images, (view,), seed), batches, workers)
     for [views] in _checked(loader):
         yield views.to(device)
 
@@ -147,6 +139,21 @@ def epoch_order(count: int, seed: int, epoch: int) -> Tensor:
 def mixed_seed(*parts: object) -> int:
     """One seed out of several numbers or words, the same in every process; neighbours give unrelated ones."""
     return int.from_bytes(hashlib.blake2b(repr(parts).encode(), digest_size=7).digest(), "big")
+
+
+def _data_loader(
+    views: "_Views", batches: Iterable[list[tuple[int, int]]], workers: int, persistent: bool = False
+) -> "DataLoader[Sample]":
+    return DataLoader(
+        views,
+        batch_sampler=batches,
+        num_workers=workers,
+        persistent_workers=persistent and workers > 0,
+        pin_memory=torch.cuda.is_available(),
+        worker_init_fn=_leave_signals_to_the_trainer,
+        generator=torch.Generator(),  # its draws must not move torch's own random state
+        collate_fn=_collate,
+    )
 
 
 class _Epoch(Sampler[list[tuple[int, int]]]):
@@ -187,8 +194,9 @@ class _Views(Dataset[Sample]):
 
 
 def _leave_signals_to_the_trainer(worker: int) -> None:
-    """A terminal sends Ctrl-C to all processes; workers that died of it would take the trainer's last step along."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    """Terminals and schedulers signal all processes, and workers that die of it take the trainer along."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
 
 
 def _collate(samples: list[Sample]) -> Sample:

@@ -1,7 +1,6 @@
 """Where images come from: the embedded set, CIFAR, a folder. A source knows its images and labels, nothing random."""
 
 import os
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,7 +9,7 @@ import torch
 from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
-from fastssl.errors import FastsslError
+from fastssl.errors import DataError, FastsslError
 
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".ppm", ".pgm")
 MEMORY_LIMIT = 2**30  # bytes of uint8 pixels that a folder of equal-sized images may take to be held in memory
@@ -138,19 +137,21 @@ def folder(root: Path) -> Source:
         if (root / name).is_dir():
             test = _scan(root / name)
             if test.classes != train.classes:
-                raise FastsslError(f"'{root}/train' and '{root}/{name}' have different class folders")
+                raise FastsslError(f"'{root}/train' and '{root}/{name}' need the same class folders, and differ")
             return Source(str(root), train, test)
     return Source(str(root), train, None)
 
 
 def _scan(root: Path) -> FolderImages:
     """Find the images below `root`; sub-folders of the first level that hold images are the classes."""
-    files = sorted(
-        Path(folder) / name
-        for folder, _, names in os.walk(root, followlinks=True)
-        for name in names
-        if name.lower().endswith(EXTENSIONS) and not name.startswith(".")
-    )
+    files, seen = [], set()
+    for folder, folders, names in os.walk(root, followlinks=True):
+        if (real := os.path.realpath(folder)) in seen:  # a link back up, or twice to the same folder
+            folders.clear()
+            continue
+        seen.add(real)
+        files += [Path(folder) / n for n in names if n.lower().endswith(EXTENSIONS) and not n.startswith(".")]
+    files.sort()
     if not files:
         raise FastsslError(f"no images in '{root}': looked for {', '.join(EXTENSIONS)} in it and its sub-folders")
     parts = [path.relative_to(root).parts for path in files]
@@ -165,17 +166,19 @@ def read_image(path: Path) -> Image.Image:
     """Decode one image file to RGB.
 
     Raises:
-        FastsslError: the file cannot be decoded; the message names it.
+        DataError: the file cannot be decoded; the message names it.
     """
     try:
         with Image.open(path) as image:
+            if image.mode.startswith("I;16"):  # PIL would clip 16 bits to white
+                return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8)).convert("RGB")
             return image.convert("RGB")
     except (OSError, SyntaxError, ValueError, UnidentifiedImageError, Image.DecompressionBombError) as error:
         reason = " ".join(str(error).split()) or type(error).__name__
-        raise FastsslError(f"cannot read the image '{path}' ({reason}): repair it or remove it") from None
+        raise DataError(f"cannot read the image '{path}' ({reason}): repair it or remove it") from None
 
 
-def in_memory(images: Images, progress: Callable[[Sequence[Path]], Sequence[Path]] = lambda paths: paths) -> Images:
+def in_memory(images: Images) -> Images:
     """Hold a folder of equal-sized images in memory if it fits below MEMORY_LIMIT; else leave it on disk.
 
     Looks at one image after another and stops at the first of another size, so large folders cost nothing.
@@ -190,7 +193,7 @@ def in_memory(images: Images, progress: Callable[[Sequence[Path]], Sequence[Path
     if 3 * width * height * len(images) > MEMORY_LIMIT:
         return images
     pixels = np.empty((len(images), height, width, 3), np.uint8)
-    for index, path in enumerate(progress(images.paths)):
+    for index, path in enumerate(images.paths):
         image = read_image(path)
         if image.size != (width, height):
             return images

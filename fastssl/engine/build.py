@@ -3,6 +3,7 @@
 from typing import Any
 
 import torch
+from torch import nn
 
 from fastssl.data.augmentation import Augmentation
 from fastssl.data.loader import mixed_seed
@@ -39,19 +40,17 @@ def build_method(config: Config, total_steps: int) -> MoCo | BYOL:
         )
 
 
-def load_method(config: Config, state: dict[str, Any]) -> MoCo | BYOL:
-    """The method of a checkpoint, with its weights.
+def load_weights(method: nn.Module, state: dict[str, Any]) -> None:
+    """Load a checkpoint's weights into the method of the same configuration.
 
     Raises:
-        FastsslError: the weights do not fit the configuration beside them.
+        FastsslError: they do not fit.
     """
-    method = build_method(config, state["total_steps"])
     try:
         method.load_state_dict(state["model"])
     except RuntimeError as error:
         reason = " ".join(str(error).split())[:200]
         raise FastsslError(f"the checkpoint's weights do not fit its configuration: {reason}") from None
-    return method
 
 
 def build_source(config: Config, augmentation: Augmentation) -> Source:

@@ -1,7 +1,5 @@
 """Checkpoints: written whole or not at all, and read back only if they are whole."""
 
-import os
-import pickle
 import re
 import zipfile
 from collections.abc import Mapping
@@ -12,9 +10,10 @@ import torch
 
 from fastssl.engine.config import IDENTITY, PLACE, Config, to_dict
 from fastssl.errors import FastsslError
+from fastssl.files import atomic_write
 
 FORMAT = 1  # raised when an older reader could not understand the file
-KEYS = {"format", "method", "config", "model", "optimizer", "step", "total_steps", "rng"}
+KEYS = {"format", "method", "config", "model", "optimizer", "step", "total_steps", "images", "rng"}
 
 
 def save(path: Path, state: Mapping[str, Any]) -> None:
@@ -23,29 +22,11 @@ def save(path: Path, state: Mapping[str, Any]) -> None:
     Raises:
         FastsslError: it cannot be written (disk full, folder gone); nothing that was there before is touched.
     """
-    temporary = path.with_suffix(".tmp")
     try:
-        with open(temporary, "wb") as file:
+        with atomic_write(path) as file:
             torch.save({"format": FORMAT, **state}, file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-        sync_folder(path.parent)
     except (OSError, RuntimeError) as error:  # torch.save turns some write errors into RuntimeError
-        temporary.unlink(missing_ok=True)
-        reason = " ".join(str(error).split())
-        raise FastsslError(
-            f"cannot write the checkpoint '{path}' ({reason}): earlier checkpoints are untouched"
-        ) from None
-
-
-def sync_folder(folder: Path) -> None:
-    """Bring a folder's entries to the disk: a rename is only safe after that."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+        raise FastsslError(f"cannot write the checkpoint '{path}' ({' '.join(str(error).split())})") from None
 
 
 def load(path: Path) -> dict[str, Any]:
@@ -57,9 +38,12 @@ def load(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise FastsslError(f"there is no checkpoint '{path}'")
     try:
+        with zipfile.ZipFile(path) as archive:
+            if (part := archive.testzip()) is not None:  # torch.load does not look at the checksums
+                raise zipfile.BadZipFile(f"bad checksum of {part}")
         state = torch.load(path, map_location="cpu", weights_only=True)
-    except (OSError, RuntimeError, EOFError, ValueError, KeyError, pickle.UnpicklingError, zipfile.BadZipFile) as error:
-        reason = " ".join(str(error).split())[:120]
+    except Exception as error:  # what a damaged pickle raises is anybody's guess
+        reason = str(error).split("\n")[0][:100]
         raise FastsslError(f"the checkpoint '{path}' is damaged or not a checkpoint ({reason})") from None
     if not isinstance(state, dict) or not state.keys() >= KEYS:
         raise FastsslError(f"'{path}' is not a checkpoint of fastssl.train")
@@ -69,7 +53,7 @@ def load(path: Path) -> dict[str, Any]:
 
 
 def check_fits(path: Path, state: Mapping[str, Any], config: Config) -> None:
-    """Refuse a checkpoint of another method, network or place in the data.
+    """Refuse a checkpoint of another method, network, optimizer or place in the data.
 
     Raises:
         FastsslError: naming the first difference and how to proceed.
@@ -79,13 +63,17 @@ def check_fits(path: Path, state: Mapping[str, Any], config: Config) -> None:
             f"'{path}' is a checkpoint of {state['method']}, this is {config.method}: "
             f"use `fastssl.train {state['method']}`, or another --output"
         )
-    here = to_dict(config)
-    for name in (*IDENTITY, *PLACE):
-        if name in here and state["config"].get(name) != here[name]:
+    for name, (there, here) in changes(state, config).items():
+        if name in IDENTITY or name in PLACE:
             raise FastsslError(
-                f"'{path}' was trained with {name} {state['config'].get(name)}, here it is {here[name]}: "
-                f"use --{name} {state['config'].get(name)}, or another --output"
+                f"'{path}' was trained with {name} {there}, here it is {here}: use --{name} {there}, or a new --output"
             )
+
+
+def changes(state: Mapping[str, Any], config: Config) -> dict[str, tuple[Any, Any]]:
+    """The fields in which `config` differs from the checkpoint's, with both values."""
+    there, here = state["config"], to_dict(config)
+    return {name: (there[name], value) for name, value in here.items() if name in there and there[name] != value}
 
 
 class CheckpointFolder:

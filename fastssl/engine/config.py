@@ -23,7 +23,7 @@ class Recipe:
     """Give a torchvision ResNet a 3×3 stem of stride 1 and no max-pooling, for images of about 32 pixels."""
     batch_size: int = 256
     """Images a step, over all processes."""
-    epochs: float = 200
+    epochs: float = 200.0
     """Length of the training in passes over the images."""
     steps: int | None = None
     """Length of the training in steps; wins over epochs."""
@@ -51,7 +51,7 @@ class Recipe:
     """For step and exponential: the factor."""
     lr_decay_steps: int = 62500
     """For exponential: steps between two multiplications by lr_gamma."""
-    warmup_epochs: float = 0
+    warmup_epochs: float = 0.0
     """Linear rise of the learning rate from 0, in epochs."""
     seed: int = 0
     """Seed of weights, queue, order of the images and augmentations."""
@@ -87,7 +87,7 @@ class RunOptions:
     """Checkpoints kept; older ones are deleted."""
     log_steps: int = 10
     """Steps between two lines of metrics."""
-    knn_epochs: float = 1
+    knn_epochs: float = 1.0
     """Epochs between two kNN evaluations; 0: none."""
     knn_k: int = 200
     """Neighbours that vote."""
@@ -99,7 +99,7 @@ class RunOptions:
 
 @dataclass(kw_only=True)
 class MoCoConfig(Recipe, RunOptions):
-    """MoCo v1 and v2 (arXiv:1911.05722, arXiv:2003.04297)."""
+    """MoCo v1 and v2 (arXiv:1911.05722, arXiv:2003.04297); the defaults are v2's 200 epochs on ImageNet-1k."""
 
     method: ClassVar[str] = "moco"
 
@@ -121,15 +121,35 @@ class MoCoConfig(Recipe, RunOptions):
 
 @dataclass(kw_only=True)
 class BYOLConfig(Recipe, RunOptions):
-    """BYOL (arXiv:2006.07733)."""
+    """BYOL (arXiv:2006.07733); the defaults are its 300 epochs on ImageNet-1k."""
 
     method: ClassVar[str] = "byol"
 
+    augmentation: str = "byol"
+    """Views of an image: a name (moco_v1, moco_v2, byol, byol_small, …) or a YAML file."""
+    batch_size: int = 4096
+    """Images a step, over all processes."""
+    epochs: float = 300.0
+    """Length of the training in passes over the images."""
+    optimizer: Literal["sgd", "lars"] = "lars"
+    """SGD with momentum, or LARS as in BYOL."""
+    lr: float = 0.3
+    """Learning rate at its highest, before lr_batch."""
+    lr_batch: int | None = 256
+    """Multiply lr by batch_size / lr_batch; null: take lr as it is."""
+    weight_decay: float = 1e-6
+    """L2 weight decay."""
+    decay_norm_and_bias: bool = False
+    """Whether bias and normalisation parameters take weight decay and LARS's scaling (MoCo: yes, BYOL: no)."""
+    lr_per_epoch: bool = False
+    """Change the learning rate at the start of epochs only, as MoCo's authors; otherwise at every step."""
+    warmup_epochs: float = 10.0
+    """Linear rise of the learning rate from 0, in epochs."""
     projection_dim: int = 256
     """Components of projections and predictions."""
     hidden_dim: int = 4096
     """Width of the hidden layers of projector and predictor."""
-    base_momentum: float = 0.996
+    base_momentum: float = 0.99
     """Momentum of the target network at the start; it rises to 1 along a cosine."""
 
 
@@ -138,7 +158,7 @@ CONFIGS: dict[str, type[MoCoConfig] | type[BYOLConfig]] = {"moco": MoCoConfig, "
 
 # What must be the same for a checkpoint to be loaded at all, and for its place in the data to mean anything.
 IDENTITY = ("backbone", "small_images", "dim", "queue_size", "head", "bn_splits", "projection_dim", "hidden_dim")
-PLACE = ("batch_size", "optimizer", "seed")
+PLACE = ("batch_size", "optimizer", "decay_norm_and_bias", "seed", "data", "holdout")
 LEAST = {
     "batch_size": 1, "epochs": 0, "steps": 1, "lr": 0, "lr_batch": 1, "optimizer_momentum": 0, "weight_decay": 0,
     "lars_eta": 0, "lr_gamma": 0, "lr_decay_steps": 1, "warmup_epochs": 0, "seed": 0, "gpus": 0, "workers": 0,
@@ -157,8 +177,12 @@ def check(config: Config) -> None:
         value = getattr(config, name, None)
         if value is not None and not value >= least:  # `not >=` also refuses nan
             raise FastsslError(f"{name} must be {least} or more, got {value}")
+    if config.seed >= 2**63:
+        raise FastsslError(f"seed must be below 2^63, got {config.seed}")
     if config.steps is None and config.epochs == 0:
         raise FastsslError("epochs must be above 0, or give steps")
+    if config.steps is None and 0 < config.epochs <= config.warmup_epochs:
+        raise FastsslError(f"warmup_epochs {config.warmup_epochs:g} leaves nothing of the {config.epochs:g} epochs")
     if not config.knn_temperature > 0:
         raise FastsslError(f"knn_temperature must be above 0, got {config.knn_temperature}")
     if config.lr_schedule == "step" and not config.lr_milestones:
@@ -166,6 +190,8 @@ def check(config: Config) -> None:
     splits = getattr(config, "bn_splits", 1)
     if config.batch_size % splits:
         raise FastsslError(f"bn_splits {splits} does not divide batch_size {config.batch_size}")
+    if splits > 1 and config.batch_size // splits < 2:
+        raise FastsslError(f"bn_splits {splits} leaves one image a part of batch_size {config.batch_size}")
 
 
 def recipe_names(method: str | None = None) -> list[str]:

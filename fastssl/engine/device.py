@@ -16,6 +16,8 @@ def select_device(gpus: int | None) -> torch.device:
     """
     available = torch.cuda.device_count()
     wanted = available if gpus is None else gpus
+    if wanted < 0:
+        raise FastsslError(f"gpus must be 0 or more, got {wanted}")
     if wanted > available:
         there = f"{available} GPU{'s' * (available != 1)}"
         raise FastsslError(f"gpus {wanted} asks for more than the {there} of this machine: use --gpus {available}")

@@ -1,17 +1,32 @@
 """What people see of a run: progress bar, log lines, metrics.jsonl and TensorBoard."""
 
+import contextlib
 import json
 import logging
+import os
 import sys
 import time
 from types import TracebackType
-from typing import Any, TextIO
+from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch.utils.tensorboard import SummaryWriter
 
 from fastssl.engine.run_folder import RunFolder
+
+
+class _Terminal(Console):
+    """A console whose reader may go away: the training goes on into log.txt."""
+
+    def on_broken_pipe(self) -> None:
+        """Write what follows nowhere."""
+        self.file = open(os.devnull, "w")
+
+
+class _LogFile(logging.FileHandler):
+    def handleError(self, record: logging.LogRecord) -> None:
+        """Say nothing: a full disk has been told about where it matters."""
 
 
 class RunLogger:
@@ -25,13 +40,13 @@ class RunLogger:
 
     def __init__(self, run: RunFolder, total: int, step: int) -> None:
         self.run = run
-        self.console = Console(stderr=False, highlight=False)
-        self._metrics: TextIO = open(run.metrics, "a")
+        self.console = _Terminal(highlight=False, emoji=False)
+        self._complained = False  # about a disk that cannot be written to
         self._board = SummaryWriter(str(run.tensorboard), purge_step=step + 1 if step else None)
         self._log = logging.getLogger("fastssl.run")
         self._log.setLevel(logging.INFO)
         self._log.propagate = False
-        self._file = logging.FileHandler(run.log)
+        self._file = _LogFile(run.log, delay=True)
         self._file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
         self._log.addHandler(self._file)
         self._progress = Progress(
@@ -51,8 +66,8 @@ class RunLogger:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
         self._progress.stop()
-        self._metrics.close()
-        self._board.close()
+        with contextlib.suppress(OSError):
+            self._board.close()
         if error is not None:
             self._log.error("%s", error)
         self._log.removeHandler(self._file)
@@ -66,10 +81,16 @@ class RunLogger:
     def metrics(self, step: int, **values: float) -> None:
         """A row of metrics.jsonl, and the same in TensorBoard."""
         row: dict[str, Any] = {"step": step, **values, "time": time.time()}
-        self._metrics.write(json.dumps(row) + "\n")
-        self._metrics.flush()
-        for name, value in values.items():
-            self._board.add_scalar(name, value, step)
+        try:
+            self.run.path.mkdir(exist_ok=True)
+            with open(self.run.metrics, "a") as file:  # opened anew: the folder may have gone and come back
+                file.write(json.dumps(row) + "\n")
+            for name, value in values.items():
+                self._board.add_scalar(name, value, step)
+        except OSError as error:  # a full disk may be emptied; no reason to lose the training
+            if not self._complained:
+                self._complained = True
+                self.say(f"cannot write to '{self.run.path}' ({error.strerror}); training goes on", warning=True)
 
     def progress(self, step: int, **shown: str) -> None:
         """Move the bar; `shown` may set epoch, loss, knn, speed."""

@@ -68,7 +68,10 @@ class LARS(Optimizer):
                 torch.where((w > 0) & (g > 0), group["eta"] * w / g, 1.0) for w, g in zip(w_norms, g_norms, strict=True)
             ]
             torch._foreach_mul_(gradients, ratios)
-        buffers = [self.state[p].setdefault("momentum_buffer", torch.zeros_like(p)) for p in weights]
+        for p in weights:
+            if "momentum_buffer" not in self.state[p]:
+                self.state[p]["momentum_buffer"] = torch.zeros_like(p)
+        buffers = [self.state[p]["momentum_buffer"] for p in weights]
         torch._foreach_mul_(buffers, group["momentum"])
         torch._foreach_add_(buffers, gradients)
         torch._foreach_add_(weights, buffers, alpha=-group["lr"])

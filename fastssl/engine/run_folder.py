@@ -1,7 +1,6 @@
 """A run's folder: config.yaml, metrics.jsonl, log.txt, checkpoints/, tensorboard/ and at the end report.html."""
 
 import json
-import os
 import re
 from pathlib import Path
 from typing import Any
@@ -9,6 +8,7 @@ from typing import Any
 from fastssl.engine.checkpoint import CheckpointFolder
 from fastssl.engine.config import Config, to_yaml
 from fastssl.errors import FastsslError
+from fastssl.files import write_text
 
 RUNS = Path("runs")
 
@@ -31,7 +31,7 @@ class RunFolder:
         write_text(self.config, to_yaml(config))
         self.checkpoints.set_aside_after(step)
         if self.metrics.exists():
-            kept = [json.dumps(row) for row in read_metrics(self.metrics) if row["step"] <= step]
+            kept = [json.dumps(row) for row in read_metrics(self.metrics) if 0 < step >= row["step"]]
             write_text(self.metrics, "".join(line + "\n" for line in kept))
 
 
@@ -48,7 +48,7 @@ def open_run_folder(config: Config, name: str) -> RunFolder:
     path = Path(config.output) if config.output else _default_output(config.resume, name)
     run = RunFolder(path, config.keep_checkpoints)
     goes_on = config.resume == "auto" or Path(config.resume).parent.resolve() == run.checkpoints.folder.resolve()
-    if not goes_on and (run.checkpoints.paths() or run.metrics.exists()):
+    if not goes_on and (run.checkpoints.paths() or run.metrics.exists() or run.config.exists()):
         raise FastsslError(f"'{path}' holds a run already: go on with --resume auto, or choose another --output")
     try:
         path.mkdir(parents=True, exist_ok=True)
@@ -71,21 +71,11 @@ def _default_output(resume: str, name: str) -> Path:
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The rows of a metrics.jsonl; a last line cut short by a crash is left out."""
+    """The rows of a metrics.jsonl; lines cut short by a crash or a full disk are left out."""
     rows = []
     for line in path.read_text().splitlines():
         try:
             rows.append(json.loads(line))
         except json.JSONDecodeError:
-            break
+            continue
     return rows
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a small file whole or not at all."""
-    temporary = path.with_name(path.name + ".tmp")
-    with open(temporary, "w") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from fastssl.data import augmentation as aug
 from fastssl.data.loader import Loader, make_loader, mixed_seed
-from fastssl.engine.build import build_method, build_source
-from fastssl.engine.checkpoint import check_fits, load
+from fastssl.engine.build import build_method, build_source, load_weights
+from fastssl.engine.checkpoint import changes, check_fits, load
 from fastssl.engine.config import Config, check, to_dict, to_yaml
 from fastssl.engine.device import autocast_dtype, keep_freed_memory, select_device
 from fastssl.engine.interrupt import Interrupt
@@ -20,7 +20,7 @@ from fastssl.engine.logger import RunLogger
 from fastssl.engine.optimizers import make_optimizer
 from fastssl.engine.run_folder import RunFolder, open_run_folder, read_metrics
 from fastssl.engine.schedules import learning_rate
-from fastssl.errors import FastsslError
+from fastssl.errors import DataError, FastsslError
 from fastssl.evaluation.evaluator import Evaluator
 from fastssl.evaluation.report import Result, neighbours, table, write_report
 
@@ -56,6 +56,11 @@ class Trainer:
             bank_images=config.knn_images, workers=workers, seed=config.seed,
         )  # fmt: skip
         self.total_steps = config.steps or max(1, round(config.epochs * len(self.loader)))
+        if config.warmup_epochs * len(self.loader) >= self.total_steps:
+            raise FastsslError(
+                f"warmup_epochs {config.warmup_epochs:g} ({len(self.loader)} steps each) leaves nothing of the "
+                f"{self.total_steps} steps"
+            )
         self.step = 0
         self.seconds = 0.0  # of training alone, without evaluations and checkpoints
         self.method = self._place(build_method(config, self.total_steps))
@@ -64,7 +69,8 @@ class Trainer:
         self.last = (math.nan, 0.0)  # loss and images/s as logged last
         torch.manual_seed(mixed_seed(config.seed, "training"))
         self.run: RunFolder = open_run_folder(config, name)
-        self.resumed = self._resume()
+        self.notes: list[tuple[str, bool]] = []  # to be said at the start; True: a warning
+        self._resume()
         self.run.prepare(config, self.step)
 
     def fit(self) -> int:
@@ -77,7 +83,11 @@ class Trainer:
             if self.step == 0:
                 self._evaluate(log)
             while self.step < self.total_steps and not interrupt.requested:
-                self._epoch(interrupt, log)
+                try:
+                    self._epoch(interrupt, log)
+                except DataError:
+                    self._save(log, last=False)
+                    raise
             if interrupt.requested:
                 path = self.run.checkpoints.save(self._state())
                 log.say(
@@ -183,8 +193,8 @@ class Trainer:
         log.say(f"{self.total_steps} steps, {self.seconds:.0f} s of training; report: {self.run.report}")
 
     def _announce(self, log: RunLogger) -> None:
-        if self.resumed:
-            log.say(self.resumed, warning="\n" in self.resumed)
+        for note, warning in self.notes:
+            log.say(note, warning)
         source = self.evaluator.source
         images = f"{len(source.train):,} images"
         if source.test is not None:
@@ -209,29 +219,40 @@ class Trainer:
         return {
             "method": self.config.method, "config": to_dict(self.config), "model": self.method.state_dict(),
             "optimizer": self.optimizer.state_dict(), "step": self.step, "total_steps": self.total_steps,
-            "seconds": self.seconds, "rng": rng,
+            "seconds": self.seconds, "images": len(self.evaluator.source.train), "rng": rng,
         }  # fmt: skip
 
-    def _resume(self) -> str:
-        """Go on from the checkpoint that the configuration asks for; returns what to say about it."""
-        complaints: list[str] = []
+    def _resume(self) -> None:
+        """Go on from the checkpoint that the configuration asks for, if there is one."""
         if self.config.resume == "never":
-            return ""
+            return
         if self.config.resume == "auto":
             found = self.run.checkpoints.newest()
             if found is None:
-                return ""
+                return
             path, state, complaints = found
+            self.notes += [(complaint, True) for complaint in complaints]
         else:
             path = Path(self.config.resume)
             state = load(path)
         check_fits(path, state, self.config)
+        images = len(self.evaluator.source.train)
+        if state["images"] != images:
+            raise FastsslError(
+                f"'{path}' was trained on {state['images']} images of '{self.config.data}', there are {images} now: "
+                "bring those images back, or start anew with another --output"
+            )
         self._restore(state)
-        return "\n".join([*complaints, f"resumed from {path} at step {self.step}"])
+        self.notes.append((f"resumed from {path} at step {self.step}", False))
+        for name, (there, here) in changes(state, self.config).items():
+            self.notes.append((f"{name} was {there} and is {here} from here on", True))
 
     def _restore(self, state: dict[str, Any]) -> None:
-        self.method.load_state_dict(state["model"])
+        load_weights(self.method, state)
+        options = [{k: v for k, v in group.items() if k != "params"} for group in self.optimizer.param_groups]
         self.optimizer.load_state_dict(state["optimizer"])
+        for group, own in zip(self.optimizer.param_groups, options, strict=True):
+            group.update(own)  # weight decay and the like are the configuration's, not the checkpoint's
         self.step, self.seconds = state["step"], state["seconds"]
         torch.set_rng_state(state["rng"]["cpu"])
         if self.device.type == "cuda" and "cuda" in state["rng"]:

@@ -17,6 +17,7 @@ from torchvision.transforms.v2 import functional as tv
 
 from fastssl.data.sources import ArrayImages, Images, read_image
 from fastssl.evaluation.evaluator import Evaluator, Measures
+from fastssl.files import write_text
 
 matplotlib.use("svg")
 TEMPLATE = Path(__file__).with_name("report.html")
@@ -130,6 +131,4 @@ def write_report(
         title=title, config=config, curves={k: v for k, v in curves.items() if v}, results=results, grid=grid,
         percent=percent, columns=len(grid[0]) if grid else 0,
     )  # fmt: skip
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(text)
-    temporary.replace(path)
+    write_text(path, text)

@@ -88,6 +88,6 @@ class BYOL(nn.Module):
         q = self.predictor(self.online(view))  # predictions: N×D
         with torch.no_grad():
             z = self.target(other)  # target projections: N×D
-        if q.dtype in (torch.float16, torch.bfloat16):  # under autocast: the loss is computed in float32
+        if q.dtype in (torch.float16, torch.bfloat16):  # under autocast; the loss is in float32
             q, z = q.float(), z.float()
         return ops.normalized_mse(q, z).mean()

@@ -103,8 +103,7 @@ class MoCo(nn.Module):
     def _contrast(self, view_q: Tensor, view_k: Tensor) -> Tensor:
         q = self.encoder_q(view_q)  # queries: N×D
         k = self._keys(view_k)  # keys: N×D
-        if q.dtype in (torch.float16, torch.bfloat16):  # under autocast: the loss is computed in float32
-            q, k = q.float(), k.float()
+        q, k = q.to(self.queue.keys.dtype), k.to(self.queue.keys.dtype)  # half under autocast; the loss is not
         if self.training:  # a validation loss leaves no keys behind
             self._stash.append(k)
         return ops.info_nce(q, k, self.queue.keys, self.temperature, negatives_normalized=True, valid=self.queue.valid)

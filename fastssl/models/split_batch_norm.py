@@ -60,7 +60,12 @@ def split_batch_norms(network: nn.Module, splits: int) -> nn.Module:
     for module in list(network.modules()):
         for name, child in module.named_children():
             if type(child) is nn.BatchNorm2d:
-                split = SplitBatchNorm2d(child.num_features, splits, eps=child.eps, momentum=child.momentum or 0.1)
+                split = SplitBatchNorm2d(
+                    child.num_features,
+                    splits,
+                    eps=child.eps,
+                    momentum=0.1 if child.momentum is None else child.momentum,
+                )
                 split.load_state_dict(child.state_dict())
                 split.to(child.weight.device, child.weight.dtype)
                 setattr(module, name, split)

@@ -92,8 +92,12 @@ def _check(
         raise FastsslError(f"reduction must be 'mean', 'sum' or 'none', got {reduction!r}")
     if negative_mode not in ("unpaired", "paired"):
         raise FastsslError(f"negative_mode must be 'unpaired' or 'paired', got {negative_mode!r}")
-    if not isinstance(temperature, Tensor) and not temperature > 0:
-        raise FastsslError(f"temperature must be above 0, got {temperature!r}")
+    if not isinstance(temperature, (int, float, Tensor)) or (
+        not isinstance(temperature, Tensor) and not temperature > 0
+    ):
+        raise FastsslError(f"temperature must be a number above 0 or a tensor, got {temperature!r}")
+    if not query.is_floating_point():
+        raise FastsslError(f"<query> must be of a floating dtype, got {query.dtype}")
     if query.dim() != 2:
         raise FastsslError(f"<query> must have 2 dimensions, got shape {tuple(query.shape)}")
     if positive_key.dim() != 2:
@@ -130,8 +134,8 @@ def _check_negatives(query: Tensor, negative_keys: Tensor, negative_mode: str) -
 def _check_valid(negative_keys: Tensor | None, negative_mode: str, valid: Valid) -> None:
     if negative_keys is None or negative_mode == "paired":
         raise FastsslError("valid=(first, count) needs unpaired <negative_keys>")
-    if len(valid) != 2:
-        raise FastsslError(f"valid must be the pair (first, count), got {valid!r}")
+    if not isinstance(valid, tuple) or len(valid) != 2 or not all(isinstance(v, (int, Tensor)) for v in valid):
+        raise FastsslError(f"valid must be the pair (first, count) of ints or 0-d tensors, got {valid!r}")
     count = valid[1]
     if isinstance(count, int) and not 0 <= count <= len(negative_keys):
         raise FastsslError(f"valid: count must lie in 0…{len(negative_keys)}, got {count}")

@@ -81,8 +81,10 @@ class KeyQueue(nn.Module):
         Raises:
             ValueError: `keys` is not N×D.
         """
-        if keys.dim() != 2 or keys.shape[1] != self.keys.shape[1]:
-            raise FastsslError(f"keys must be N×{self.keys.shape[1]}, got shape {tuple(keys.shape)}")
+        if keys.dim() != 2 or keys.shape[1] != self.keys.shape[1] or not keys.is_floating_point():
+            raise FastsslError(
+                f"keys must be N×{self.keys.shape[1]} of a floating dtype, got {tuple(keys.shape)}, {keys.dtype}"
+            )
         run = backend.implementation("key_queue", self.keys.device, self.keys.dtype)
         run(self.keys, self.tail, self.filled, keys)
 

@@ -21,27 +21,34 @@ def info_nce(
     negatives_normalized: bool,
     valid: Valid | None,
 ) -> Tensor:
-    """Normalise, multiply, and take the cross-entropy of the positive among all keys."""
-    query = F.normalize(query, dim=-1)  # N×D
-    positive_key = F.normalize(positive_key, dim=-1)  # N×D
-    if negative_keys is None:
-        logits = query @ positive_key.T  # N×N, positives on the diagonal
-        labels = torch.arange(len(query), device=query.device)
-        return F.cross_entropy(logits / temperature, labels, reduction=reduction)
-    negative_keys = negative_keys.to(query.dtype)
-    if not negatives_normalized:
-        negative_keys = F.normalize(negative_keys, dim=-1)  # M×D, or N×M×D when paired
-    positive = (query * positive_key).sum(1, keepdim=True)  # N×1
-    if negative_mode == "paired":
-        negative = (query.unsqueeze(1) @ negative_keys.mT).squeeze(1)  # N×M
-    else:
-        negative = query @ negative_keys.T  # N×M
-    logits = torch.cat([positive, negative], 1) / temperature  # N×(1+M)
-    if valid is not None:  # after the division: -inf in it would make a tensor temperature's gradient NaN
-        invalid = ~valid_rows(valid, len(negative_keys), query.device)
-        logits = logits.masked_fill(F.pad(invalid, (1, 0)), -torch.inf)
-    labels = torch.zeros(len(query), dtype=torch.long, device=query.device)
-    return F.cross_entropy(logits, labels, reduction=reduction)
+    """Normalise, multiply, and take the cross-entropy of the positive among all keys; half inputs in float32."""
+    dtype = query.dtype
+    with torch.autocast(query.device.type, enabled=False):  # it would round the product's factors to half
+        query = F.normalize(in_float(query), dim=-1)  # N×D
+        positive_key = F.normalize(in_float(positive_key), dim=-1)  # N×D
+        if negative_keys is None:
+            logits = query @ positive_key.T / temperature  # N×N, positives on the diagonal
+            labels = torch.arange(len(query), device=query.device)
+            return F.cross_entropy(logits, labels, reduction=reduction).to(dtype)
+        negative_keys = negative_keys.to(query.dtype)
+        if not negatives_normalized:
+            negative_keys = F.normalize(negative_keys, dim=-1)  # M×D, or N×M×D when paired
+        positive = (query * positive_key).sum(1, keepdim=True)  # N×1
+        if negative_mode == "paired":
+            negative = (query.unsqueeze(1) @ negative_keys.mT).squeeze(1)  # N×M
+        else:
+            negative = query @ negative_keys.T  # N×M
+        logits = torch.cat([positive, negative], 1) / temperature  # N×(1+M)
+        if valid is not None:  # after the division: -inf in it would make a tensor temperature's gradient NaN
+            invalid = ~valid_rows(valid, len(negative_keys), query.device)
+            logits = logits.masked_fill(F.pad(invalid, (1, 0)), -torch.inf)
+        labels = torch.zeros(len(query), dtype=torch.long, device=query.device)
+        return F.cross_entropy(logits, labels, reduction=reduction).to(dtype)
+
+
+def in_float(x: Tensor) -> Tensor:
+    """Half tensors as float32: normalising loses no digits there, and eps 1e-12 is not 0."""
+    return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
 
 
 def valid_rows(valid: Valid, rows: int, device: torch.device) -> Tensor:
@@ -52,7 +59,8 @@ def valid_rows(valid: Valid, rows: int, device: torch.device) -> Tensor:
 
 def normalized_mse(prediction: Tensor, target: Tensor) -> Tensor:
     """‖p/‖p‖ − z/‖z‖‖² = 2 − 2·cos(p, z) per row."""
-    return 2 - 2 * (F.normalize(prediction, dim=-1) * F.normalize(target.detach(), dim=-1)).sum(-1)
+    p, z = F.normalize(in_float(prediction), dim=-1), F.normalize(in_float(target.detach()), dim=-1)
+    return (2 - 2 * (p * z).sum(-1)).to(prediction.dtype)
 
 
 @torch.no_grad()
@@ -76,7 +84,7 @@ def enqueue_(queue: Tensor, tail: Tensor, filled: Tensor, keys: Tensor) -> None:
     kept = keys[max(0, count - capacity) :]  # of more keys than rows, the newest stay
     first = tail + filled + (count - len(kept))
     rows = (first + torch.arange(len(kept), device=queue.device)) % capacity
-    queue.index_copy_(0, rows, F.normalize(kept, dim=-1).to(queue.dtype))
+    queue.index_copy_(0, rows, F.normalize(in_float(kept), dim=-1).to(queue.dtype))
     overflow = (filled + count - capacity).clamp(min=0)
     tail.copy_((tail + overflow) % capacity)
     filled.copy_(filled + count - overflow)

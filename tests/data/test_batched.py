@@ -1,5 +1,7 @@
 """Batched execution against torchvision: the same parameters give the same pixels, and are drawn alike."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 import torch
@@ -144,6 +146,21 @@ def test_whole_recipes_are_reproducible_and_differ_between_images(name: str) -> 
         assert torch.equal(one, same)
         assert not torch.equal(one, other)
         assert len({tuple(image.flatten().tolist()) for image in one}) > 1
+
+
+@pytest.mark.parametrize("step", [s() for s in aug.STEPS.values()], ids=list(aug.STEPS))
+@pytest.mark.parametrize("p", [0.0, 1.0])
+def test_a_step_for_none_or_all_of_the_images(step: aug.Step, p: float, generator: torch.Generator) -> None:
+    for name in ("p", "brightness"):
+        if hasattr(step, name):
+            step = dataclasses.replace(step, **{name: p})
+    for count in (1, 3):
+        pixels = torch.randint(256, (count, 3, SIDE, SIDE), dtype=torch.uint8, generator=generator)
+        view = aug.View(SIDE, (step,), (0.0, 0.0, 0.0), (1.0, 1.0, 1.0))
+        out = batched.execute(view, pixels, generator)
+        assert out.shape == pixels.shape
+        if hasattr(step, "p"):
+            assert torch.equal(out, pixels / 255) == (p == 0)
 
 
 def test_images_of_another_size_are_resized_for_evaluation() -> None:

@@ -4,13 +4,14 @@ import hashlib
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
 
 from fastssl.data import augmentation as aug
 from fastssl.data.loader import Loader, epoch_order, make_loader, view_batches
-from fastssl.data.sources import ArrayImages, FolderImages, Images, in_memory, open_source
+from fastssl.data.sources import ArrayImages, FolderImages, Images, in_memory, open_source, read_image
 from fastssl.errors import FastsslError
 
 
@@ -87,9 +88,24 @@ def test_missing_and_empty_folders_are_named(tmp_path: Path) -> None:
         open_source(str(tmp_path))
 
 
+def test_sixteen_bits_are_scaled_and_odd_modes_converted(tmp_path: Path) -> None:
+    path = tmp_path / "deep.png"
+    Image.fromarray(np.full((4, 4), 0x8000, np.uint16)).save(path)
+    assert read_image(path).getpixel((0, 0)) == (128, 128, 128)
+    for mode in ("L", "LA", "P", "CMYK", "1"):
+        odd = tmp_path / f"{mode}.{'jpg' if mode == 'CMYK' else 'png'}"
+        Image.new(mode, (3, 3)).save(odd)
+        assert read_image(odd).mode == "RGB"
+
+
+def test_a_link_back_up_counts_nothing_twice(image_folder: Path) -> None:
+    (image_folder / "train" / "cat" / "up").symlink_to(image_folder / "train", target_is_directory=True)
+    assert len(open_source(str(image_folder / "train")).train) == 12
+
+
 def test_splits_with_other_classes_are_refused(image_folder: Path) -> None:
     (image_folder / "val" / "dog").rename(image_folder / "val" / "wolf")
-    with pytest.raises(FastsslError, match="different class folders"):
+    with pytest.raises(FastsslError, match="need the same class folders"):
         open_source(str(image_folder))
 
 

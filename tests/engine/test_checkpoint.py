@@ -14,7 +14,7 @@ from fastssl.errors import FastsslError
 
 def state(step: int = 1, **values: Any) -> dict[str, Any]:
     base = {"method": "moco", "config": to_dict(MoCoConfig()), "model": {"w": torch.ones(3)}, "optimizer": {}}
-    return {**base, "step": step, "total_steps": 9, "rng": {}, **values}
+    return {**base, "step": step, "total_steps": 9, "images": 5, "rng": {}, **values}
 
 
 def test_round_trip(tmp_path: Path) -> None:
@@ -64,6 +64,15 @@ def test_a_damaged_newest_gives_way_to_the_one_before(share: float, tmp_path: Pa
     assert "step-000000002.pt' is damaged" in complaints[0]
 
 
+def test_a_flipped_bit_is_found(tmp_path: Path) -> None:
+    save(tmp_path / "a.pt", state(model={"w": torch.zeros(5000)}))
+    content = bytearray((tmp_path / "a.pt").read_bytes())
+    content[content.index(bytes(4000)) + 2000] ^= 1
+    (tmp_path / "a.pt").write_bytes(content)
+    with pytest.raises(FastsslError, match="bad checksum"):
+        load(tmp_path / "a.pt")
+
+
 def test_nothing_readable_is_an_error_and_nothing_there_is_none(tmp_path: Path) -> None:
     folder = CheckpointFolder(tmp_path)
     assert folder.newest() is None
@@ -103,6 +112,8 @@ def test_code_in_a_checkpoint_is_not_run(tmp_path: Path) -> None:
         (MoCoConfig(backbone="resnet18"), "backbone resnet50, here it is resnet18: use --backbone resnet50"),
         (MoCoConfig(queue_size=8), "queue_size 65536, here it is 8"),
         (MoCoConfig(batch_size=8), "batch_size 256, here it is 8"),
+        (MoCoConfig(decay_norm_and_bias=False), "decay_norm_and_bias True"),
+        (MoCoConfig(data="elsewhere"), "data embedded, here it is elsewhere"),
     ],
 )
 def test_another_method_or_network_is_refused(config: MoCoConfig | BYOLConfig, named: str) -> None:

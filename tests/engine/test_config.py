@@ -75,6 +75,7 @@ def test_options_win_over_the_recipe_wherever_they_stand() -> None:
         (["moco", "--data", "somewhere"], "moco_v2_in1k_200ep"),
         (["byol", "--data=somewhere"], "byol_in1k_300ep"),
         (["moco", "--data", "cifar10"], "moco_cifar10"),
+        (["moco", "--data", "cifar_photos"], "moco_v2_in1k_200ep"),
     ],
 )
 def test_the_default_recipe_follows_the_data(arguments: list[str], name: str) -> None:
@@ -122,6 +123,12 @@ def test_wrong_recipe_files_are_one_line(text: str, named: str, tmp_path: Path) 
     assert str(path) in str(error.value)
 
 
+def test_a_recipe_that_is_no_text(tmp_path: Path) -> None:
+    (tmp_path / "mine.yaml").write_bytes(b"lr: \xff")
+    with pytest.raises(FastsslError, match="UTF-8"):
+        train.parse(["moco", "--recipe", str(tmp_path / "mine.yaml")])
+
+
 @pytest.mark.parametrize(
     ("config", "named"),
     [
@@ -131,6 +138,9 @@ def test_wrong_recipe_files_are_one_line(text: str, named: str, tmp_path: Path) 
         (MoCoConfig(lr_schedule="step"), "lr_milestones"),
         (MoCoConfig(bn_splits=7), "bn_splits 7 does not divide batch_size 256"),
         (MoCoConfig(knn_temperature=0), "knn_temperature"),
+        (MoCoConfig(epochs=5, warmup_epochs=10), "warmup_epochs 10 leaves nothing of the 5 epochs"),
+        (MoCoConfig(batch_size=8, bn_splits=8), "leaves one image a part"),
+        (MoCoConfig(seed=2**64), "seed must be below"),
     ],
 )
 def test_impossible_values_are_named(config: MoCoConfig, named: str) -> None:

@@ -24,7 +24,7 @@ SMALL = (
     "--backbone small_resnet16 --batch_size 4 --epochs 3 --knn_k 3 --log_steps 1 --precision float32 --gpus 0".split()
 )
 MOCO = [*SMALL, "--queue_size", "10", "--augmentation", "moco_v2_small"]
-BYOL = [*SMALL, "--hidden_dim", "16", "--projection_dim", "8", "--augmentation", "byol_small"]
+BYOL = [*SMALL, "--hidden_dim", "16", "--projection_dim", "8", "--augmentation", "byol_small", "--warmup_epochs", "0"]
 
 
 def run(method: str, data: Path, output: Path, *options: str) -> int:
@@ -131,7 +131,10 @@ def test_kill_9_in_mid_epoch_and_resume(image_folder: Path, tmp_path: Path) -> N
 
 
 @pytest.mark.slow  # starts the command
-def test_ctrl_c_in_a_terminal_reaches_the_workers_too(image_folder: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_to_all_processes_spares_the_workers(
+    number: signal.Signals, image_folder: Path, tmp_path: Path
+) -> None:
     output = tmp_path / "run"
     command = [sys.executable, "-m", "fastssl.train", "moco", "--recipe", "moco_cifar10", *MOCO, "--bn_splits", "1"]
     command += ["--data", str(image_folder), "--output", str(output), "--loader", "torchvision", "--workers", "2"]
@@ -142,10 +145,10 @@ def test_ctrl_c_in_a_terminal_reaches_the_workers_too(image_folder: Path, tmp_pa
     deadline = time.time() + 90
     while not list((output / "checkpoints").glob("*.pt")) and time.time() < deadline:
         time.sleep(0.05)
-    os.killpg(process.pid, signal.SIGINT)
+    os.killpg(process.pid, number)
     stdout, stderr = process.communicate(timeout=60)
-    assert process.returncode == 130
-    assert "SIGINT: saved" in stdout
+    assert process.returncode == 128 + number
+    assert f"{number.name}: saved" in stdout
     assert "Traceback" not in stderr
 
 
@@ -172,6 +175,53 @@ def test_a_run_is_not_overwritten(image_folder: Path, tmp_path: Path) -> None:
         run("byol", image_folder, tmp_path / "run", "--resume", "auto")
     with pytest.raises(FastsslError, match=r"there is no checkpoint 'gone\.pt'"):
         run("moco", image_folder, tmp_path / "other", "--resume", "gone.pt")
+
+
+def test_resuming_takes_the_runs_own_configuration(image_folder: Path, tmp_path: Path) -> None:
+    """What the last line of an interrupted run says to type: nothing but --resume and --output."""
+    output = tmp_path / "run"
+    run("moco", image_folder, output, "--epochs", "1", "--lr", "0.5")
+    before = (output / "config.yaml").read_text()
+    for arguments in (
+        ["--resume", "auto", "--output", str(output)],
+        ["--recipe", str(output / "config.yaml"), "--resume", "auto"],
+    ):
+        trainer = Trainer(*train.parse(["moco", *arguments]))
+        assert (trainer.step, trainer.run.path, trainer.config.lr) == (3, output, 0.5)
+        assert trainer.config.data == str(image_folder)
+    assert (output / "config.yaml").read_text() == before
+
+
+def test_what_changes_at_a_resume_is_said_and_done(
+    image_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    output = tmp_path / "run"
+    run("moco", image_folder, output, "--epochs", "1")
+    again = ["moco", "--resume", "auto", "--output", str(output), "--weight_decay", "0.25", "--epochs", "2"]
+    trainer = Trainer(*train.parse(again))
+    assert {group["weight_decay"] for group in trainer.optimizer.param_groups} == {0.25}
+    trainer.fit()
+    assert "weight_decay was 0.0005 and is 0.25 from here on" in capsys.readouterr().out
+    (image_folder / "train" / "cat" / "00.png").unlink()
+    with pytest.raises(FastsslError, match=r"trained on 12 images .* there are 11 now"):
+        Trainer(*train.parse(again))
+
+
+def test_a_corrupt_image_met_in_training_loses_nothing(
+    image_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    step = Trainer._train_step
+
+    def damaging(self: Trainer, views: list[Tensor]) -> Tensor:
+        if self.step == 3:
+            for path in (image_folder / "train").rglob("*.png"):
+                path.write_bytes(b"")
+        return step(self, views)
+
+    monkeypatch.setattr(Trainer, "_train_step", damaging)
+    with pytest.raises(FastsslError, match=r"cannot read the image"):
+        run("moco", image_folder, tmp_path / "run", "--loader", "torchvision", "--workers", "0", "--epochs", "9")
+    assert weights(tmp_path / "run")["step"] == 4
 
 
 def test_default_outputs_are_numbered(image_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -204,6 +254,8 @@ def test_unlabelled_images_train_without_knn(
     [
         (("--gpus", "8"), "gpus 8 asks for more than the 0 GPUs of this machine: use --gpus 0"),
         (("--batch_size", "14"), "batch_size 14 is larger than the 12 training images"),
+        (("--gpus", "-1"), "gpus must be 0 or more, got -1"),
+        (("--steps", "2", "--warmup_epochs", "1"), "warmup_epochs 1 .* leaves nothing of the 2 steps"),
         (("--backbone", "resnet9"), "unknown backbone 'resnet9'"),
         (("--augmentation", "none"), "unknown augmentation 'none'"),
         (("--data", "nowhere"), "there is no folder 'nowhere'"),
@@ -242,6 +294,11 @@ def test_a_full_disk_does_not_end_the_training(
         save(content, file)
 
     monkeypatch.setattr(torch, "save", full_once)
+
+    def full(self: SummaryWriter, name: str, value: float, step: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(SummaryWriter, "add_scalar", full)
     assert run("moco", image_folder, tmp_path / "run") == 0
     assert "No space left" in (tmp_path / "run" / "log.txt").read_text()
     assert weights(tmp_path / "run")["step"] == 9

@@ -10,9 +10,9 @@ from torch import Tensor, nn
 from fastssl.errors import FastsslError
 from fastssl.methods import BYOL
 
-from .test_moco import STEPS, Tiny, views
+from .test_moco import LR, STEPS, Tiny, train, views
 
-TAU, LR = 0.9, 0.05
+TAU = 0.9
 
 
 def make() -> BYOL:
@@ -47,15 +47,7 @@ def test_twenty_steps_equal_the_equations() -> None:
     method = make()
     online, target, predictor = (copy.deepcopy(m) for m in (method.online, method.target, method.predictor))
     expected = transcription(online, target, predictor)
-    optimizer = torch.optim.SGD([p for p in method.parameters() if p.requires_grad], LR)
-    losses = []
-    for pair in views():
-        loss = method(pair)
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        method.after_step()
-        losses.append(loss.item())
+    losses = train(method, views(), momentum=0.0)
     assert max(abs(a - b) for a, b in zip(losses, expected, strict=True)) < 1e-10
     for ours, theirs in ((method.online, online), (method.target, target), (method.predictor, predictor)):
         for p, other in zip(ours.parameters(), theirs.parameters(), strict=True):

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from fastssl.errors import FastsslError
-from fastssl.methods import MoCo
+from fastssl.methods import BYOL, MoCo
 from fastssl.models import SplitBatchNorm2d, create_backbone
 
 STEPS, N, K, DIM, M, T, LR = 20, 8, 20, 6, 0.9, 0.2, 0.05
@@ -73,8 +73,8 @@ def rows(method: MoCo) -> Tensor:
     return method.queue.keys.roll(-int(method.queue.tail), 0)
 
 
-def train(method: MoCo, loader: list[tuple[Tensor, Tensor]]) -> list[float]:
-    optimizer = torch.optim.SGD(method.encoder_q.parameters(), LR, momentum=0.9)
+def train(method: MoCo | BYOL, loader: list[tuple[Tensor, Tensor]], momentum: float = 0.9) -> list[float]:
+    optimizer = torch.optim.SGD([p for p in method.parameters() if p.requires_grad], LR, momentum)
     losses = []
     for pair in loader:
         loss = method(pair)

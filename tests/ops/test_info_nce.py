@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from fastssl.ops import InfoNCE, info_nce
+from fastssl.ops import InfoNCE, info_nce, normalized_mse
 
 
 def formula(query: Tensor, positive: Tensor, negatives: Tensor, temperature: float) -> list[float]:
@@ -100,6 +100,30 @@ def test_a_float32_query_takes_a_half_queue() -> None:
         assert torch.allclose(loss, info_nce(query, positive, queue), atol=0.1)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_autocast_and_half_inputs_lose_nothing_inside(dtype: torch.dtype, generator: torch.Generator) -> None:
+    """At T = .01 a query rounded to half after normalising would be off by .1."""
+    query, positive, queue = (torch.randn(n, 64, generator=generator).to(dtype) for n in (8, 8, 500))
+    for negatives in (queue, None):
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = info_nce(query, positive, negatives, 0.01, "none")
+        exact = None if negatives is None else negatives.double()
+        expected = info_nce(query.double(), positive.double(), exact, 0.01, "none")
+        assert loss.dtype == dtype
+        assert torch.allclose(loss.double(), expected, rtol=torch.finfo(dtype).eps, atol=1e-4)
+
+
+def test_zero_rows_are_finite_in_half(generator: torch.Generator) -> None:
+    for dtype in (torch.float16, torch.bfloat16, torch.float32):
+        query = torch.zeros(2, 4, dtype=dtype, requires_grad=True)
+        rows = torch.randn(3, 4, generator=generator).to(dtype)
+        for loss in (info_nce(query, rows[:2], rows), normalized_mse(query, rows[:2]).sum()):
+            assert loss.isfinite()
+            [gradient] = torch.autograd.grad(loss, query)  # of the size of 1 / eps, too large for float16
+            assert dtype == torch.float16 or gradient.isfinite().all()
+            assert not gradient.isnan().any()
+
+
 def test_normalized_negatives_are_taken_as_they_are() -> None:
     query, positive, queue = torch.randn(3, 4), torch.randn(3, 4), torch.randn(6, 4)
     unit = torch.nn.functional.normalize(queue)
@@ -131,6 +155,10 @@ X = torch.zeros(3, 4)
         ((X, X), {"valid": (0, 1)}, "unpaired"),
         ((X, X, X), {"valid": (0, 4)}, "0…3"),
         ((X, X, X), {"valid": (0, -1)}, "-1"),
+        ((X, X, X), {"valid": (0, 2.5)}, "2.5"),
+        ((X, X, X), {"valid": 5}, "5"),
+        ((X, X), {"temperature": "warm"}, "'warm'"),
+        ((X.long(), X.long()), {}, "floating"),
     ],
 )
 def test_wrong_inputs_are_named(arguments: tuple[Tensor, ...], keywords: dict[str, object], named: str) -> None:
