@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.utils.tensorboard import SummaryWriter
 
 from fastssl import evaluate, train
 from fastssl.engine.checkpoint import load
