@@ -5,6 +5,7 @@ from pathlib import Path
 import jsonargparse
 
 from fastssl import cli
+from fastssl.data import is_named
 from fastssl.engine.config import CONFIGS, Config, recipe_names, recipe_path
 from fastssl.engine.config import RECIPES as SHIPPED
 from fastssl.errors import FastsslError
@@ -20,7 +21,7 @@ def default_recipe(method: str, data: str | None) -> str:
     """demo_moco on the embedded images, moco_cifar10 on CIFAR, moco_v2_in1k_200ep on a folder; BYOL alike."""
     if data is None or data == "embedded":
         return f"demo_{method}"
-    return DEFAULTS[method]["cifar" if data.split(":")[0] in ("cifar10", "cifar100") else "folder"]
+    return DEFAULTS[method]["cifar" if is_named(data) else "folder"]
 
 
 def build_parser() -> jsonargparse.ArgumentParser:
@@ -65,9 +66,10 @@ def parse(arguments: list[str]) -> tuple[Config, str]:
     values = {key: value for key, value in vars(parsed[method]).items() if key not in ("recipe", "print_config")}
     config = CONFIGS[method](**values)
     # The configuration is kept with the run, which may be resumed or evaluated from another folder.
-    for name in ("data", "augmentation"):
-        if Path(getattr(config, name)).exists():
-            setattr(config, name, str(Path(getattr(config, name)).resolve()))
+    if not is_named(config.data):
+        config.data = str(Path(config.data).absolute())
+    if config.augmentation.endswith((".yaml", ".yml")):
+        config.augmentation = str(Path(config.augmentation).absolute())
     return config, _run_name(path, method)
 
 

@@ -9,6 +9,7 @@ import torch
 from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
+from fastssl.data import is_named
 from fastssl.errors import DataError, FastsslError
 
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".ppm", ".pgm")
@@ -76,7 +77,7 @@ def open_source(data: str, holdout: float = 0.0, seed: int = 0) -> Source:
         raise FastsslError(f"holdout must be at least 0 and below 1, got {holdout}")
     if data == "embedded":
         source = embedded()
-    elif data.split(":")[0] in ("cifar10", "cifar100"):
+    elif is_named(data):
         source = cifar(*data.split(":", 1))
     else:
         source = folder(Path(data))
