@@ -150,7 +150,7 @@ def _data_loader(
         num_workers=workers,
         persistent_workers=persistent and workers > 0,
         pin_memory=torch.cuda.is_available(),
-        worker_init_fn=_leave_signals_to_the_trainer,
+        worker_init_fn=_leave_ctrl_c_to_the_trainer,
         generator=torch.Generator(),  # its draws must not move torch's own random state
         collate_fn=_collate,
     )
@@ -193,10 +193,12 @@ class _Views(Dataset[Sample]):
             return [transform(image) for transform in self.transforms]
 
 
-def _leave_signals_to_the_trainer(worker: int) -> None:
-    """Terminals and schedulers signal all processes, and workers that die of it take the trainer along."""
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.SIG_IGN)
+def _leave_ctrl_c_to_the_trainer(worker: int) -> None:
+    """A terminal sends Ctrl-C to all processes, and workers that die of it take the trainer along.
+
+    SIGTERM stays theirs: it is how the trainer itself ends them.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def _collate(samples: list[Sample]) -> Sample:

@@ -88,6 +88,12 @@ class Trainer:
                 except DataError:
                     self._save(log, last=False)
                     raise
+                except RuntimeError as error:
+                    if interrupt.requested is None or "DataLoader worker" not in str(error):
+                        raise
+                    # A SIGTERM to all processes ended the workers, perhaps in mid-step: nothing new can be saved.
+                    log.say(f"{interrupt.requested.name}: ended with its workers; {self._last_checkpoint()}")
+                    return 128 + interrupt.requested.value
             if interrupt.requested:
                 path = self.run.checkpoints.save(self._state())
                 log.say(

@@ -133,9 +133,7 @@ def test_kill_9_in_mid_epoch_and_resume(image_folder: Path, tmp_path: Path) -> N
 
 @pytest.mark.slow  # starts the command
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_to_all_processes_spares_the_workers(
-    number: signal.Signals, image_folder: Path, tmp_path: Path
-) -> None:
+def test_a_signal_to_all_processes_ends_cleanly(number: signal.Signals, image_folder: Path, tmp_path: Path) -> None:
     output = tmp_path / "run"
     command = [sys.executable, "-m", "fastssl.train", "moco", "--recipe", "moco_cifar10", *MOCO, "--bn_splits", "1"]
     command += ["--data", str(image_folder), "--output", str(output), "--loader", "torchvision", "--workers", "2"]
@@ -149,7 +147,7 @@ def test_a_signal_to_all_processes_spares_the_workers(
     os.killpg(process.pid, number)
     stdout, stderr = process.communicate(timeout=60)
     assert process.returncode == 128 + number
-    assert f"{number.name}: saved" in stdout
+    assert f"{number.name}: " + ("saved" if number == signal.SIGINT else "") in stdout
     assert "Traceback" not in stderr
 
 
