@@ -13,7 +13,7 @@ BLOCKS = re.findall(r"```python\n(.*?)```", (Path(__file__).parents[1] / "README
 @pytest.mark.parametrize("block", BLOCKS)
 def test_code_runs(block: str) -> None:
     names = {
-        "query": torch.randn(8, 128), "key": torch.randn(8, 128),
+        "query": torch.randn(8, 128, requires_grad=True), "key": torch.randn(8, 128),
         "key_encoder": nn.Linear(4, 2), "query_encoder": nn.Linear(4, 2),
     }  # fmt: skip
     exec(block, names)
