@@ -76,6 +76,11 @@ def changes(state: Mapping[str, Any], config: Config) -> dict[str, tuple[Any, An
     return {name: (there[name], value) for name, value in here.items() if name in there and there[name] != value}
 
 
+def step_of(path: Path) -> int:
+    """The step in a checkpoint's name, step-<step>.pt."""
+    return int(path.stem.split("-")[1])
+
+
 class CheckpointFolder:
     """The checkpoints of one run, named by step; keeps the newest `keep`."""
 
@@ -85,7 +90,7 @@ class CheckpointFolder:
     def paths(self) -> list[Path]:
         """All checkpoints, oldest first."""
         found = [p for p in self.folder.glob("step-*.pt") if re.fullmatch(r"step-\d+\.pt", p.name)]
-        return sorted(found, key=lambda p: int(p.stem.split("-")[1]))
+        return sorted(found, key=step_of)
 
     def save(self, state: Mapping[str, Any]) -> Path:
         """Write the state as step-<step>.pt, then delete what is older than the newest `keep`."""
@@ -98,7 +103,7 @@ class CheckpointFolder:
     def set_aside_after(self, step: int) -> None:
         """Rename later checkpoints, so that none of an abandoned course is taken for the newest."""
         for path in self.paths():
-            if int(path.stem.split("-")[1]) > step:
+            if step_of(path) > step:
                 path.rename(path.with_name(path.name + ".old"))
 
     def newest(self) -> tuple[Path, dict[str, Any], list[str]] | None:
