@@ -1,8 +1,14 @@
 """Triton device code and its launch configurations: the `triton` backend of the ops. Importing it needs no Triton."""
 
+import os
 from functools import cache
 
 OLDEST = (3, 6)
+
+
+def interpreted() -> bool:
+    """Whether Triton interprets its kernels in Python, on CPU tensors too; it decides so when it is imported."""
+    return os.environ.get("TRITON_INTERPRET") == "1"
 
 
 @cache

@@ -11,8 +11,9 @@ import torch
 
 from fastssl.errors import FastsslError
 
-# In order of preference. `reference` is eager PyTorch and runs everywhere, so a choice always exists.
-BACKENDS = ("cuda", "triton", "native", "reference")
+# In order of preference. `reference` is eager PyTorch and runs everywhere, so a choice always exists. `native` stands
+# before `triton` because on a CPU the latter is the interpreter.
+BACKENDS = ("cuda", "native", "triton", "reference")
 
 
 @dataclass(frozen=True)
@@ -76,6 +77,18 @@ def choose(op: str, device: torch.device, dtype: torch.dtype) -> str:
 def implementation(op: str, device: torch.device, dtype: torch.dtype) -> Callable[..., Any]:
     """The function of the backend that `choose` names."""
     return _implementations[op][choose(op, device, dtype)].function
+
+
+def only_reference(op: str, why: str) -> Callable[..., Any]:
+    """The `reference` of `op`, for inputs that no other backend computes.
+
+    Raises:
+        FastsslError: another backend was asked for.
+    """
+    name = requested()
+    if name not in (None, "reference"):
+        raise FastsslError(f"backend '{name}' of {op} cannot run: {why}; 'reference' can")
+    return _implementations[op]["reference"].function
 
 
 @contextmanager

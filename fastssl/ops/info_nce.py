@@ -1,15 +1,15 @@
 """InfoNCE: the loss of contrastive learning, a drop-in for the package info-nce-pytorch 0.1.4."""
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
 from fastssl.errors import FastsslError
-from fastssl.ops import backend, reference
+from fastssl.ops import backend, library, reference
 from fastssl.ops.reference import Valid
 
 HALF = (torch.float16, torch.bfloat16)
-
-backend.register("info_nce", "reference", backend.Implementation(reference.info_nce))
 
 
 def info_nce(
@@ -52,7 +52,10 @@ def info_nce(
         >>> loss = info_nce(query, key, queue, temperature=0.2)
     """
     _check(query, positive_key, negative_keys, temperature, reduction, negative_mode, valid)
-    run = backend.implementation("info_nce", query.device, query.dtype)
+    if why := _beyond_the_kernels(query, temperature):
+        run = backend.only_reference("info_nce", why)
+    else:
+        run = backend.implementation("info_nce", query.device, query.dtype)
     loss: Tensor = run(
         query, positive_key, negative_keys, temperature, reduction, negative_mode, negatives_normalized, valid
     )
@@ -77,6 +80,178 @@ class InfoNCE(nn.Module):
     def forward(self, query: Tensor, positive_key: Tensor, negative_keys: Tensor | None = None) -> Tensor:
         """The loss of `query` against its positive and negatives."""
         return info_nce(query, positive_key, negative_keys, self.temperature, self.reduction, self.negative_mode)
+
+
+def _fused(
+    name: str,
+    query: Tensor,
+    positive_key: Tensor,
+    negative_keys: Tensor | None,
+    temperature: float | Tensor,
+    reduction: str,
+    negative_mode: str,
+    negatives_normalized: bool,
+    valid: Valid | None,
+) -> Tensor:
+    """The loss from the kernels of the backend `name`: one pass over the negatives gives it and its gradients."""
+    library.refuse_forward_mode("info_nce", query, positive_key, negative_keys)
+    number, tensor = 0.0, None
+    if isinstance(temperature, Tensor):
+        library.refuse_forward_mode("info_nce", temperature)
+        tensor = temperature.to(query.device)
+    else:
+        number = float(temperature)
+    first, count = (None, None) if valid is None else (_index(value, query.device) for value in valid)
+    differentiable = (query, positive_key) if tensor is None else (query, positive_key, tensor)
+    gradients = torch.is_grad_enabled() and any(t.requires_grad for t in differentiable)
+    losses: Tensor = library.call(
+        "info_nce",
+        name,
+        query,
+        positive_key,
+        negative_keys,
+        number,
+        tensor,
+        first,
+        count,
+        negatives_normalized,
+        gradients,
+    )[0]  # N
+    if reduction == "mean":
+        losses = losses.mean()
+    elif reduction == "sum":
+        losses = losses.sum()
+    return losses.to(query.dtype)
+
+
+def _index(value: int | Tensor, device: torch.device) -> Tensor:
+    """A 0-d tensor on the device, filled there: no synchronisation."""
+    if isinstance(value, Tensor):
+        return value.to(device).reshape(())
+    return torch.full((), value, dtype=torch.int64, device=device)
+
+
+def _fake(
+    query: Tensor,
+    positive_key: Tensor,
+    negative_keys: Tensor | None,
+    temperature: float,
+    temperature_tensor: Tensor | None,
+    first: Tensor | None,
+    count: Tensor | None,
+    negatives_normalized: bool,
+    gradients: bool,
+) -> tuple[Tensor, ...]:
+    n, d = query.shape
+    per_row = ((n, d), (n, d), (n,)) if gradients else ((0,), (0,), (0,))
+    return tuple(query.new_empty(shape, dtype=torch.float32) for shape in ((n,), (n,), *per_row))
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    query, positive_key, negative_keys, temperature, tensor, first, count, normalized, _ = inputs
+    _, lse, dquery, dpositive, dtemperature = output
+    ctx.save_for_backward(
+        query, positive_key, negative_keys, tensor, first, count, lse, dquery, dpositive, dtemperature
+    )
+    ctx.temperature, ctx.normalized = temperature, normalized
+    ctx.set_materialize_grads(False)
+
+
+def _backward(name: str) -> Any:
+    def backward(ctx: Any, grad: Tensor | None, *grads_of_saved: Tensor | None) -> tuple[Tensor | None, ...]:
+        if any(g is not None for g in grads_of_saved):
+            raise library.no_second_derivative("info_nce")
+        query, positive_key, negative_keys, tensor, first, count, lse, dquery, dpositive, dtemperature = (
+            ctx.saved_tensors
+        )
+        needs_query, needs_positive, needs_negatives, _, needs_temperature, *_ = ctx.needs_input_grad
+        query_grad = positive_grad = negatives_grad = temperature_grad = None
+        if grad is not None:
+            rows = grad.unsqueeze(1)  # N×1
+            if needs_query:
+                query_grad = (rows * dquery).to(query.dtype)  # N×D
+            if needs_positive:
+                positive_grad = rows * dpositive  # N×D
+                if negative_keys is None:  # in-batch: a key is also the negative of all other queries
+                    positive_grad = positive_grad + library.call(
+                        "info_nce_negatives", name, grad, lse, query, positive_key, ctx.temperature, tensor,
+                        None, None, False, True,
+                    )  # fmt: skip
+                positive_grad = positive_grad.to(positive_key.dtype)
+            if needs_negatives:
+                negatives_grad = library.call(
+                    "info_nce_negatives", name, grad, lse, query, negative_keys, ctx.temperature, tensor,
+                    first, count, ctx.normalized, False,
+                )  # M×D or N×M×D  # fmt: skip
+            if needs_temperature:
+                temperature_grad = (grad * dtemperature).sum().reshape(tensor.shape).to(tensor.dtype)
+        return query_grad, positive_grad, negatives_grad, None, temperature_grad, None, None, None, None
+
+    return backward
+
+
+def _negatives_fake(
+    grad: Tensor,
+    lse: Tensor,
+    query: Tensor,
+    negative_keys: Tensor,
+    temperature: float,
+    temperature_tensor: Tensor | None,
+    first: Tensor | None,
+    count: Tensor | None,
+    negatives_normalized: bool,
+    exclude_diagonal: bool,
+) -> Tensor:
+    return negative_keys.new_empty(
+        negative_keys.shape, dtype=torch.float32 if exclude_diagonal else negative_keys.dtype
+    )
+
+
+def _negatives_setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    pass
+
+
+def _negatives_backward(name: str) -> Any:
+    def backward(ctx: Any, grad: Tensor) -> None:
+        raise library.no_second_derivative("info_nce")
+
+    return backward
+
+
+library.define(
+    "info_nce",
+    "(Tensor query, Tensor positive_key, Tensor? negative_keys, float temperature, Tensor? temperature_tensor, "
+    "Tensor? first, Tensor? count, bool negatives_normalized, bool gradients) "
+    "-> (Tensor loss, Tensor lse, Tensor dquery, Tensor dpositive_key, Tensor dtemperature)",
+    kernel="info_nce.forward",
+    fake=_fake,
+    setup_context=_setup_context,
+    backward=_backward,
+)
+library.define(
+    "info_nce_negatives",
+    "(Tensor grad, Tensor lse, Tensor query, Tensor negative_keys, float temperature, Tensor? temperature_tensor, "
+    "Tensor? first, Tensor? count, bool negatives_normalized, bool exclude_diagonal) -> Tensor",
+    kernel="info_nce.negatives",
+    fake=_negatives_fake,
+    setup_context=_negatives_setup_context,
+    backward=_negatives_backward,
+)
+for _name, _implementation in library.implementations(_fused).items():
+    backend.register("info_nce", _name, _implementation)
+backend.register("info_nce", "reference", backend.Implementation(reference.info_nce))
+
+
+def _beyond_the_kernels(query: Tensor, temperature: float | Tensor) -> str | None:
+    """Why only plain PyTorch computes this, or None."""
+    if query.shape[1] == 0:
+        return "the vectors have no components"
+    if isinstance(temperature, Tensor):
+        if temperature.numel() != 1:
+            return f"temperature has {temperature.numel()} elements"
+        if torch.result_type(query, temperature) != query.dtype:
+            return f"a temperature of shape {tuple(temperature.shape)} and {temperature.dtype} makes the loss one too"
+    return None
 
 
 def _check(

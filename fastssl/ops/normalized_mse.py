@@ -1,11 +1,12 @@
 """BYOL's loss: the squared distance between two normalised vectors."""
 
+from typing import Any
+
+import torch
 from torch import Tensor
 
 from fastssl.errors import FastsslError
-from fastssl.ops import backend, reference
-
-backend.register("normalized_mse", "reference", backend.Implementation(reference.normalized_mse))
+from fastssl.ops import backend, library, reference
 
 
 def normalized_mse(prediction: Tensor, target: Tensor) -> Tensor:
@@ -32,3 +33,45 @@ def normalized_mse(prediction: Tensor, target: Tensor) -> Tensor:
         raise FastsslError(f"prediction is {prediction.dtype} and target {target.dtype}: give both the same dtype")
     loss: Tensor = backend.implementation("normalized_mse", prediction.device, prediction.dtype)(prediction, target)
     return loss
+
+
+def _fused(name: str, prediction: Tensor, target: Tensor) -> Tensor:
+    library.refuse_forward_mode("normalized_mse", prediction, target)
+    gradients = torch.is_grad_enabled() and prediction.requires_grad
+    loss: Tensor = library.call("normalized_mse", name, prediction, target.detach(), gradients)[0]
+    return loss.to(prediction.dtype)
+
+
+def _fake(prediction: Tensor, target: Tensor, gradients: bool) -> tuple[Tensor, Tensor]:
+    n, d = prediction.shape
+    return tuple(prediction.new_empty(shape, dtype=torch.float32) for shape in ((n,), (n, d) if gradients else (0,)))  # type: ignore[return-value]
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    prediction, _, _ = inputs
+    ctx.save_for_backward(output[1])
+    ctx.dtype = prediction.dtype
+    ctx.set_materialize_grads(False)
+
+
+def _backward(name: str) -> Any:
+    def backward(ctx: Any, grad: Tensor | None, grad_of_saved: Tensor | None) -> tuple[Tensor | None, None, None]:
+        if grad_of_saved is not None:
+            raise library.no_second_derivative("normalized_mse")
+        [dprediction] = ctx.saved_tensors
+        return None if grad is None else (grad.unsqueeze(1) * dprediction).to(ctx.dtype), None, None  # N×D
+
+    return backward
+
+
+library.define(
+    "normalized_mse",
+    "(Tensor prediction, Tensor target, bool gradients) -> (Tensor loss, Tensor dprediction)",
+    kernel="normalized_mse.forward",
+    fake=_fake,
+    setup_context=_setup_context,
+    backward=_backward,
+)
+for _name, _implementation in library.implementations(_fused).items():
+    backend.register("normalized_mse", _name, _implementation)
+backend.register("normalized_mse", "reference", backend.Implementation(reference.normalized_mse))

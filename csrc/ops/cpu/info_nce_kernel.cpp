@@ -1,0 +1,415 @@
+// InfoNCE in tiles: panels of queries meet the keys piece by piece, with a running maximum, sum and attention output.
+//
+// Work items are (block of queries) × (split of the keys). Their number depends on the shape alone and the splits are
+// combined in order, so the same input gives the same bits on any number of threads. All logits are in base 2.
+#include <ATen/ATen.h>
+#include <ATen/Parallel.h>
+#include <c10/util/irange.h>
+
+#include <algorithm>
+#include <cmath>
+#include <limits>
+#include <vector>
+
+#include "../info_nce.h"
+#include "keys.h"
+#include "panel.h"
+#include "rows.h"
+
+namespace fastssl::ops {
+namespace {
+
+using at::Tensor;
+using c10::irange;
+using cpu::Keys;
+using cpu::kPanel;
+using cpu::Length;
+using cpu::Pair;
+using cpu::panel;
+using cpu::Tile;
+
+constexpr float kInf = std::numeric_limits<float>::infinity();
+constexpr int64_t kBlock = 8;   // panels that share a tile while it is in the cache
+constexpr int64_t kItems = 32;  // work items wanted: enough for many cores, few enough that the partials stay small
+
+int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// Keys of a tile: an even number, and few enough that tile and logits stay in the second-level cache.
+int64_t keys_of_tile(int64_t d) { return std::clamp<int64_t>(16384 / d / 2 * 2, 32, 256); }
+
+Tensor floats(at::IntArrayRef shape) { return at::empty(shape, at::kFloat); }
+float* data(const Tensor& x) { return x.mutable_data_ptr<float>(); }
+
+float scalar(double value, const std::optional<Tensor>& tensor) {
+  return static_cast<float>(tensor ? tensor->item<double>() : value);
+}
+
+// Few rows, normalised once: unit vectors N×D and the lengths they had.
+struct UnitRows {
+  int64_t n, d;
+  Tensor unit;
+  std::vector<Length> lengths;
+
+  explicit UnitRows(const Tensor& x) : n(x.size(0)), d(x.size(1)), unit(floats({n, d}).copy_(x)), lengths(n) {
+    at::parallel_for(0, n, 64, [&](int64_t begin, int64_t end) {
+      for (const auto i : irange(begin, end)) {
+        lengths[i] = cpu::length(row(i), d);
+        cpu::scale_(row(i), lengths[i].inverse, d);
+      }
+    });
+  }
+  float* row(int64_t i) const { return data(unit) + i * d; }
+};
+
+// Queries side by side, zeros where the last panel has none.
+struct Queries {
+  int64_t panels, d;
+  Tensor columns;  // panels×D×32: unit queries times log2(e)/T, so that products are logits
+
+  Queries(const UnitRows& query, float factor) : panels(divide_up(query.n, kPanel)), d(query.d) {
+    columns = at::zeros({panels, d, kPanel}, at::kFloat);
+    at::parallel_for(0, query.n, kPanel, [&](int64_t begin, int64_t end) {
+      for (const auto i : irange(begin, end)) {
+        float* const column = data(columns) + i / kPanel * d * kPanel + i % kPanel;
+        for (const auto c : irange(d)) column[c * kPanel] = query.row(i)[c] * factor;
+      }
+    });
+  }
+  const float* panel(int64_t p) const { return columns.const_data_ptr<float>() + p * d * kPanel; }
+};
+
+// bfloat16 queries side by side, never rounded: a power of two keeps their products in range, and `scale` makes logits
+// of them.
+struct QueryPairs {
+  int64_t pairs;
+  std::vector<Pair> columns;  // panels×⌈D/2⌉×32
+  std::vector<float> scale;   // panels×32
+
+  QueryPairs(const Tensor& query, const UnitRows& unit, float factor)
+      : pairs(divide_up(unit.d, 2)),
+        columns(divide_up(unit.n, kPanel) * pairs * kPanel, 0),
+        scale(divide_up(unit.n, kPanel) * kPanel, 0.f) {
+    const Tensor raw = query.to(at::kFloat).contiguous();
+    for (const auto i : irange(unit.n)) {
+      const float* const row = raw.const_data_ptr<float>() + i * unit.d;
+      float largest = 0;
+      for (const auto c : irange(unit.d)) largest = std::max(largest, std::abs(row[c]));
+      const int exponent = largest > 0 && std::isfinite(largest) ? std::ilogb(largest) : 0;
+      scale[i] = std::ldexp(unit.lengths[i].inverse, exponent) * factor;
+      Pair* const column = columns.data() + i / kPanel * pairs * kPanel + i % kPanel;
+      for (const auto c : irange(unit.d)) {
+        column[c / 2 * kPanel] |= static_cast<Pair>(c10::BFloat16(std::ldexp(row[c], -exponent)).x) << c % 2 * 16;
+      }
+    }
+  }
+  const Pair* panel(int64_t p) const { return columns.data() + p * pairs * kPanel; }
+};
+
+// What the splits of the negatives contribute to each query: the maximum of its logits, the sum of 2^(logit − maximum),
+// and the keys summed with these weights.
+struct Partials {
+  int64_t splits, panels, d;
+  std::vector<float> maximum, sum;  // splits×panels×32
+  Tensor keys;                      // splits×panels×D×32
+
+  Partials(int64_t splits, int64_t n, int64_t d, bool gradients)
+      : splits(splits),
+        panels(divide_up(n, kPanel)),
+        d(d),
+        maximum(splits * panels * kPanel, -kInf),
+        sum(splits * panels * kPanel, 0.f),
+        keys(gradients ? floats({splits, panels, d, kPanel}) : floats({0})) {}
+  int64_t at(int64_t split, int64_t p) const { return (split * panels + p) * kPanel; }
+  float* panel(int64_t split, int64_t p) const { return data(keys) + at(split, p) * d; }
+};
+
+struct Outputs {
+  Tensor loss, lse, query, positive, temperature;
+
+  Outputs(int64_t n, int64_t d, bool gradients)
+      : loss(floats({n})),
+        lse(floats({n})),
+        query(gradients ? floats({n, d}) : floats({0})),
+        positive(gradients ? floats({n, d}) : floats({0})),
+        temperature(gradients ? floats({n}) : floats({0})) {}
+};
+
+// The splits of one panel, combined in order.
+struct Combined {
+  float maximum[kPanel], sum[kPanel];
+  std::vector<float> keys;  // D×32, weighted sums
+
+  Combined(const Partials& partials, int64_t p, bool gradients) : keys(gradients ? partials.d * kPanel : 0, 0.f) {
+    std::fill_n(maximum, kPanel, -kInf);
+    std::fill_n(sum, kPanel, 0.f);
+    for (const auto s : irange(partials.splits)) {
+      for (const auto x : irange(kPanel)) maximum[x] = std::max(maximum[x], partials.maximum[partials.at(s, p) + x]);
+    }
+    for (const auto s : irange(partials.splits)) {
+      const float* const its_maximum = partials.maximum.data() + partials.at(s, p);
+      float weight[kPanel];
+      for (const auto x : irange(kPanel)) {
+        weight[x] = its_maximum[x] == -kInf ? 0.f : std::exp2(its_maximum[x] - maximum[x]);
+        // A sum without a maximum is 0, or NaN, which must not get lost.
+        sum[x] += its_maximum[x] == -kInf ? partials.sum[partials.at(s, p) + x]
+                                          : weight[x] * partials.sum[partials.at(s, p) + x];
+      }
+      // A split without keys has summed up nothing, not even zeros.
+      if (!gradients || std::all_of(its_maximum, its_maximum + kPanel, [](float m) { return m == -kInf; })) continue;
+      const float* const its_keys = partials.panel(s, p);
+      for (const auto c : irange(partials.d)) {
+        for (const auto x : irange(kPanel)) keys[c * kPanel + x] += weight[x] * its_keys[c * kPanel + x];
+      }
+    }
+  }
+};
+
+// With a the attention output over the negatives and p₊ the positive's probability,
+// dq̂ = (1 − p₊)(a − k̂⁺)/T, dk̂⁺ = −(1 − p₊)q̂/T and dT = −q̂·dq̂/T.
+Outputs combine(const Partials& partials, const UnitRows& query, const UnitRows& positive, float t, bool gradients) {
+  const int64_t n = query.n, d = query.d;
+  Outputs out(n, d, gradients);
+  at::parallel_for(0, partials.panels, 1, [&](int64_t begin, int64_t end) {
+    for (const auto p : irange(begin, end)) {
+      const Combined all(partials, p, gradients);
+      for (int64_t i = p * kPanel, x = 0; i < n && x < kPanel; ++i, ++x) {
+        const float* const q = query.row(i);
+        const float* const k = positive.row(i);
+        const float logit = cpu::dot(q, k, d) / t;
+        const float difference = all.maximum[x] / cpu::kLog2e + std::log(all.sum[x]) - logit;  // −∞ without negatives
+        const float loss = std::max(difference, 0.f) + std::log1p(std::exp(-std::abs(difference)));
+        data(out.loss)[i] = std::isnan(all.sum[x]) ? all.sum[x] : loss;
+        data(out.lse)[i] = logit + loss;
+        if (!gradients) continue;
+
+        const float rest = 1.f / (1.f + std::exp(-difference));  // 1 − p₊
+        const float to_attention = all.sum[x] == 0.f ? 0.f : rest / (all.sum[x] * t);
+        float* const dq = data(out.query) + i * d;
+        float* const dk = data(out.positive) + i * d;
+        for (const auto c : irange(d)) {
+          dq[c] = to_attention * all.keys[c * kPanel + x] - rest / t * k[c];
+          dk[c] = -rest / t * q[c];
+        }
+        data(out.temperature)[i] = -cpu::dot(q, dq, d) / t;
+        cpu::backward_of_normalize_(dq, q, query.lengths[i], d);
+        cpu::backward_of_normalize_(dk, k, positive.lengths[i], d);
+      }
+    }
+  });
+  return out;
+}
+
+// Cuts `count` keys into splits of whole tiles and calls work(block, split, begin, end) for each, on any thread.
+template <typename Work>
+void over_splits(int64_t blocks, int64_t splits, int64_t count, int64_t tile, const Work& work) {
+  const int64_t length = divide_up(divide_up(count, tile), splits) * tile;
+  at::parallel_for(0, blocks * splits, 1, [&](int64_t begin, int64_t end) {
+    const at::AutoDispatchBelowADInplaceOrView plain_arithmetic;
+    for (const auto item : irange(begin, end)) {
+      const int64_t split = item / blocks, from = std::min(split * length, count);
+      work(item % blocks, split, from, std::min(from + length, count));
+    }
+  });
+}
+
+int64_t splits_for(int64_t blocks, int64_t count, int64_t tile) {
+  return std::clamp<int64_t>(divide_up(kItems, std::max<int64_t>(blocks, 1)), 1, std::max<int64_t>(count / tile, 1));
+}
+
+// In-batch, query i leaves out key i. Logits of panel p against keys l…l+rows−1.
+void leave_out_diagonal(float* logits, int64_t p, int64_t l, int64_t rows) {
+  for (const auto x : irange(kPanel)) {
+    const int64_t j = p * kPanel + x - l;
+    if (j >= 0 && j < rows) logits[j * kPanel + x] = -kInf;
+  }
+}
+
+// negatives M×D shared by all queries; in-batch, they are the positive keys.
+Partials unpaired(const Queries& queries, int64_t n, const Keys& keys, bool exclude_diagonal, bool gradients) {
+  const int64_t d = queries.d, tile = keys_of_tile(d), blocks = divide_up(queries.panels, kBlock);
+  Partials partials(splits_for(blocks, keys.count(), tile), n, d, gradients);
+  over_splits(blocks, partials.splits, keys.count(), tile, [&](int64_t block, int64_t split, int64_t from, int64_t to) {
+    const Tensor scratch = floats({tile, d}), tile_logits = floats({tile, kPanel});
+    float* const logits = data(tile_logits);
+    float rescale[kPanel];
+    for (int64_t l = from, rows = 0; l < to; l += rows) {
+      rows = keys.together(l, std::min(tile, to - l));
+      const Tile<float> k = keys.load(l, rows, data(scratch));
+      for (const auto p : irange(block * kBlock, std::min((block + 1) * kBlock, queries.panels))) {
+        panel().multiply(k.data, k.stride, 1, queries.panel(p), kPanel, rows, d, false, logits, kPanel);
+        if (exclude_diagonal) leave_out_diagonal(logits, p, l, rows);
+        const int64_t at = partials.at(split, p);
+        const bool changed = panel().absorb(logits, rows, &partials.maximum[at], &partials.sum[at], rescale);
+        if (!gradients) continue;
+        if (changed && l > from) panel().scale(partials.panel(split, p), d, rescale);
+        panel().multiply(k.data, 1, k.stride, logits, kPanel, d, rows, l > from, partials.panel(split, p), kPanel);
+      }
+    }
+  });
+  return partials;
+}
+
+// The same for bfloat16 queries and keys: raw rows are multiplied, the lengths divided out of the products.
+Partials unpaired_pairs(const QueryPairs& queries, int64_t n, int64_t d, const Keys& keys, bool gradients) {
+  const int64_t tile = keys_of_tile(d), panels = divide_up(n, kPanel), blocks = divide_up(panels, kBlock);
+  Partials partials(splits_for(blocks, keys.count(), tile), n, d, gradients);
+  over_splits(blocks, partials.splits, keys.count(), tile, [&](int64_t block, int64_t split, int64_t from, int64_t to) {
+    const Tensor tile_logits = floats({tile, kPanel});
+    std::vector<Pair> scratch(tile * queries.pairs), weights(tile / 2 * kPanel), rows_in_pairs(tile / 2 * d);
+    std::vector<float> inverse_lengths(tile);
+    float* const logits = data(tile_logits);
+    float rescale[kPanel];
+    for (int64_t l = from, rows = 0; l < to; l += rows) {
+      rows = keys.together(l, std::min(tile, to - l));
+      const Tile<Pair> k = keys.load_pairs(l, rows, scratch.data(), inverse_lengths.data());
+      if (gradients) cpu::interleave_rows(k.data, k.stride, rows, d, rows_in_pairs.data());
+      for (const auto p : irange(block * kBlock, std::min((block + 1) * kBlock, panels))) {
+        panel().multiply_pairs(k.data, k.stride, 1, queries.panel(p), kPanel, rows, queries.pairs, false, logits,
+                               kPanel);
+        const int64_t at = partials.at(split, p);
+        const bool changed =
+            panel().absorb_pairs(logits, rows, &queries.scale[p * kPanel], inverse_lengths.data(),
+                                 &partials.maximum[at], &partials.sum[at], rescale, weights.data());
+        if (!gradients) continue;
+        if (changed && l > from) panel().scale(partials.panel(split, p), d, rescale);
+        panel().multiply_pairs(rows_in_pairs.data(), 1, d, weights.data(), kPanel, d, divide_up(rows, 2), l > from,
+                               partials.panel(split, p), kPanel);
+      }
+    }
+  });
+  return partials;
+}
+
+// negatives N×M×D: each query has its own.
+Partials paired(const Tensor& scaled, const Tensor& negatives, bool normalized, bool gradients) {
+  const int64_t n = scaled.size(0), d = scaled.size(1), m = negatives.size(1), tile = keys_of_tile(d);
+  Partials partials(splits_for(n, m, tile), n, d, gradients);
+  over_splits(n, partials.splits, m, tile, [&](int64_t i, int64_t split, int64_t from, int64_t to) {
+    if (from == to) return;
+    const Keys keys(negatives[i], std::nullopt, std::nullopt, normalized);
+    const Tensor scratch = floats({tile, d});
+    std::vector<float> logits(tile), weighted(d, 0.f);
+    const float* const q = scaled.const_data_ptr<float>() + i * d;
+    float& maximum = partials.maximum[partials.at(split, 0) + i];
+    float& sum = partials.sum[partials.at(split, 0) + i];
+    for (int64_t l = from; l < to; l += tile) {
+      const int64_t rows = std::min(tile, to - l);
+      const Tile<float> k = keys.load(l, rows, data(scratch));
+      for (const auto j : irange(rows)) logits[j] = cpu::dot(q, k.data + j * k.stride, d);
+      const float rescale = cpu::absorb(logits.data(), rows, maximum, sum);
+      if (!gradients) continue;
+      if (rescale != 1.f) cpu::scale_(weighted.data(), rescale, d);
+      for (const auto j : irange(rows)) cpu::axpy_(weighted.data(), logits[j], k.data + j * k.stride, d);
+    }
+    float* const column = gradients ? partials.panel(split, i / kPanel) + i % kPanel : nullptr;
+    for (const auto c : irange(gradients ? d : 0)) column[c * kPanel] = weighted[c];
+  });
+  return partials;
+}
+
+// A column of 32 for each panel: x·factor, zeros where there is no query.
+std::vector<float> padded(const Tensor& x, float factor) {
+  const Tensor values = x.to(at::kFloat).contiguous();
+  std::vector<float> result(divide_up(x.size(0), kPanel) * kPanel, 0.f);
+  for (const auto i : irange(x.size(0))) result[i] = values.const_data_ptr<float>()[i] * factor;
+  return result;
+}
+
+// Σᵢ wᵢ·pᵢⱼ·q̂ᵢ for every valid key j, brought through its normalisation.
+void unpaired_negatives(const UnitRows& query, const Queries& queries, const std::vector<float>& lse,
+                        const std::vector<float>& weight, const Keys& keys, bool exclude_diagonal,
+                        const Tensor& gradient) {
+  const int64_t d = query.d, wide = divide_up(d, kPanel) * kPanel, tile = keys_of_tile(d);
+  const Tensor unit = at::zeros({queries.panels * kPanel, wide}, at::kFloat);  // whole panels in both directions
+  unit.narrow(0, 0, query.n).narrow(1, 0, d).copy_(query.unit);
+  at::parallel_for(0, divide_up(keys.count(), tile), 1, [&](int64_t begin, int64_t end) {
+    const at::AutoDispatchBelowADInplaceOrView plain_arithmetic;
+    const Tensor scratch = floats({tile, d}), tile_logits = floats({tile, kPanel}), sums = floats({tile, wide});
+    std::vector<Length> lengths(tile);
+    const int64_t last = std::min(end * tile, keys.count());
+    for (int64_t l = begin * tile, rows = 0; l < last; l += rows) {
+      rows = keys.together(l, std::min(tile - l % tile, last - l));
+      const Tile<float> k = keys.load(l, rows, data(scratch), lengths.data());
+      for (const auto p : irange(queries.panels)) {
+        float* const logits = data(tile_logits);
+        panel().multiply(k.data, k.stride, 1, queries.panel(p), kPanel, rows, d, false, logits, kPanel);
+        if (exclude_diagonal) leave_out_diagonal(logits, p, l, rows);
+        panel().weigh(logits, rows, &lse[p * kPanel], &weight[p * kPanel]);
+        const float* const q = unit.const_data_ptr<float>() + p * kPanel * wide;
+        for (int64_t c = 0; c < wide; c += kPanel) {
+          panel().multiply(logits, kPanel, 1, q + c, wide, rows, kPanel, p > 0, data(sums) + c, wide);
+        }
+      }
+      for (const auto j : irange(rows)) {
+        cpu::backward_of_normalize_(data(sums) + j * wide, k.data + j * k.stride, lengths[j], d);
+      }
+      gradient.narrow(0, keys.place(l), rows).copy_(sums.narrow(0, 0, rows).narrow(1, 0, d));
+    }
+  });
+}
+
+void paired_negatives(const UnitRows& query, const Tensor& scaled, const std::vector<float>& lse,
+                      const std::vector<float>& weight, const Tensor& negatives, bool normalized,
+                      const Tensor& gradient) {
+  const int64_t n = query.n, d = query.d, m = negatives.size(1), tile = keys_of_tile(d);
+  over_splits(n, splits_for(n, m, tile), m, tile, [&](int64_t i, int64_t /*split*/, int64_t from, int64_t to) {
+    const Keys keys(negatives[i], std::nullopt, std::nullopt, normalized);
+    const Tensor scratch = floats({tile, d}), result = floats({tile, d});
+    std::vector<Length> lengths(tile);
+    for (int64_t l = from; l < to; l += tile) {
+      const int64_t rows = std::min(tile, to - l);
+      const Tile<float> k = keys.load(l, rows, data(scratch), lengths.data());
+      for (const auto j : irange(rows)) {
+        const float* const key = k.data + j * k.stride;
+        float* const g = data(result) + j * d;
+        const float logit = cpu::dot(scaled.const_data_ptr<float>() + i * d, key, d);
+        std::copy_n(query.row(i), d, g);
+        cpu::scale_(g, std::exp2(logit - lse[i]) * weight[i], d);
+        cpu::backward_of_normalize_(g, key, lengths[j], d);
+      }
+      gradient[i].narrow(0, l, rows).copy_(result.narrow(0, 0, rows));
+    }
+  });
+}
+
+}  // namespace
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> info_nce_cpu(
+    const Tensor& query, const Tensor& positive_key, const std::optional<Tensor>& negative_keys, double temperature,
+    const std::optional<Tensor>& temperature_tensor, const std::optional<Tensor>& first,
+    const std::optional<Tensor>& count, bool negatives_normalized, bool gradients) {
+  const at::AutoDispatchBelowADInplaceOrView plain_arithmetic;
+  const float t = scalar(temperature, temperature_tensor), factor = cpu::kLog2e / t;
+  const UnitRows q(query), k(positive_key);
+  const auto partials = [&] {
+    if (!negative_keys) return unpaired({q, factor}, q.n, {k.unit, first, count, true}, true, gradients);
+    if (negative_keys->dim() == 3) return paired(q.unit * factor, *negative_keys, negatives_normalized, gradients);
+    const Keys keys(*negative_keys, first, count, negatives_normalized);
+    if (query.scalar_type() == at::kBFloat16) return unpaired_pairs({query, q, factor}, q.n, q.d, keys, gradients);
+    return unpaired({q, factor}, q.n, keys, false, gradients);
+  }();
+  const Outputs out = combine(partials, q, k, t, gradients);
+  return {out.loss, out.lse, out.query, out.positive, out.temperature};
+}
+
+Tensor info_nce_negatives_cpu(const Tensor& grad_loss, const Tensor& lse, const Tensor& query,
+                              const Tensor& negative_keys, double temperature,
+                              const std::optional<Tensor>& temperature_tensor, const std::optional<Tensor>& first,
+                              const std::optional<Tensor>& count, bool negatives_normalized, bool exclude_diagonal) {
+  const at::AutoDispatchBelowADInplaceOrView plain_arithmetic;
+  const Tensor gradient =
+      at::zeros(negative_keys.sizes(), exclude_diagonal ? at::kFloat : negative_keys.scalar_type());
+  if (gradient.numel() == 0 || query.size(0) == 0) return gradient;
+  const float t = scalar(temperature, temperature_tensor), factor = cpu::kLog2e / t;
+  const UnitRows q(query);
+  const std::vector<float> base2 = padded(lse, cpu::kLog2e), weight = padded(grad_loss, 1.f / t);
+  if (negative_keys.dim() == 3) {
+    paired_negatives(q, q.unit * factor, base2, weight, negative_keys, negatives_normalized, gradient);
+  } else {
+    const Keys keys(negative_keys, first, count, negatives_normalized);
+    unpaired_negatives(q, {q, factor}, base2, weight, keys, exclude_diagonal, gradient);
+  }
+  return gradient;
+}
+
+}  // namespace fastssl::ops

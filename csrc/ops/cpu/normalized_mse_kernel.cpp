@@ -1,0 +1,48 @@
+// BYOL's loss row by row: 2 − 2c with c the cosine, whose gradient is −2(ẑ − c·p̂)/‖p‖.
+#include <ATen/ATen.h>
+#include <ATen/Parallel.h>
+#include <c10/util/irange.h>
+
+#include <algorithm>
+
+#include "../normalized_mse.h"
+#include "rows.h"
+
+namespace fastssl::ops {
+namespace {
+
+constexpr int64_t kRows = 64;  // rows of a tile: both inputs stay in the first-level cache
+
+}  // namespace
+
+std::tuple<at::Tensor, at::Tensor> normalized_mse_cpu(const at::Tensor& prediction, const at::Tensor& target,
+                                                      bool gradients) {
+  const at::AutoDispatchBelowADInplaceOrView plain_arithmetic;
+  const int64_t n = prediction.size(0), d = prediction.size(1);
+  const at::Tensor loss = at::empty({n}, at::kFloat);
+  const at::Tensor gradient = gradients ? at::empty({n, d}, at::kFloat) : at::empty({0}, at::kFloat);
+  at::parallel_for(0, n, kRows, [&](int64_t begin, int64_t end) {
+    const at::AutoDispatchBelowADInplaceOrView worker;
+    const at::Tensor p_tile = at::empty({kRows, d}, at::kFloat), z_tile = at::empty({kRows, d}, at::kFloat);
+    for (int64_t first = begin; first < end; first += kRows) {
+      const int64_t rows = std::min(kRows, end - first);
+      p_tile.narrow(0, 0, rows).copy_(prediction.narrow(0, first, rows));
+      z_tile.narrow(0, 0, rows).copy_(target.narrow(0, first, rows));
+      for (const auto i : c10::irange(rows)) {
+        float* const p = p_tile.mutable_data_ptr<float>() + i * d;
+        float* const z = z_tile.mutable_data_ptr<float>() + i * d;
+        const cpu::Length p_length = cpu::length(p, d);
+        cpu::scale_(p, p_length.inverse, d);
+        cpu::scale_(z, cpu::length(z, d).inverse, d);
+        loss.mutable_data_ptr<float>()[first + i] = 2.f - 2.f * cpu::dot(p, z, d);
+        if (!gradients) continue;
+        float* const g = gradient.mutable_data_ptr<float>() + (first + i) * d;
+        for (const auto c : c10::irange(d)) g[c] = -2.f * z[c];
+        cpu::backward_of_normalize_(g, p, p_length, d);
+      }
+    }
+  });
+  return {loss, gradient};
+}
+
+}  // namespace fastssl::ops

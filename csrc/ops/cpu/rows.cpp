@@ -1,0 +1,119 @@
+// Plain loops that the compiler turns into vector code, once for each instruction set.
+#include "rows.h"
+
+#include <algorithm>
+#include <bit>
+#include <cmath>
+#include <limits>
+
+#if defined(__x86_64__) && defined(__gnu_linux__) && !defined(__clang__)
+#define FASTSSL_VECTORISED __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
+#else
+#define FASTSSL_VECTORISED  // aarch64 has its vectors in the baseline
+#endif
+
+namespace fastssl::cpu {
+namespace {
+
+// 2^x within 2 units in the last place; 0 below 2^−126 and for −∞, NaN for NaN. x must lie below 128.
+[[gnu::always_inline]] inline float exp2(float x) {
+  constexpr float kRound = 12582912.f;  // 1.5 · 2^23: adding it leaves the nearest integer in the low bits
+  const float clamped = x < -126.f ? -126.f : x;
+  const float shifted = clamped + kRound;
+  const float f = clamped - (shifted - kRound);  // −½…½
+  float p = 1.5353360e-4f;  // minimax of 2^f
+  p = p * f + 1.3398876e-3f;
+  p = p * f + 9.6184374e-3f;
+  p = p * f + 5.5503325e-2f;
+  p = p * f + 2.4022648e-1f;
+  p = p * f + 6.9314720e-1f;
+  p = p * f + 1.f;
+  const float power = std::bit_cast<float>((std::bit_cast<int32_t>(shifted) + 127) << 23);
+  return x < -126.f ? 0.f : p * power;
+}
+
+FASTSSL_VECTORISED float sum_of_squares(const float* x, int64_t n) {
+  float sum = 0;
+#pragma omp simd reduction(+ : sum)
+  for (int64_t i = 0; i < n; ++i) sum += x[i] * x[i];
+  return sum;
+}
+
+FASTSSL_VECTORISED float max(const float* x, int64_t n) {
+  float result = -std::numeric_limits<float>::infinity();
+#pragma omp simd reduction(max : result)
+  for (int64_t i = 0; i < n; ++i) result = x[i] > result ? x[i] : result;
+  return result;
+}
+
+FASTSSL_VECTORISED float exp2_sum(float* x, int64_t n, float shift) {
+  float sum = 0;
+#pragma omp simd reduction(+ : sum)
+  for (int64_t i = 0; i < n; ++i) {
+    x[i] = exp2(x[i] - shift);
+    sum += x[i];
+  }
+  return sum;
+}
+
+}  // namespace
+
+float norm(const float* x, int64_t n) {
+  const float squares = sum_of_squares(x, n);
+  if (squares > 1e-30f && squares < 1e30f) return std::sqrt(squares);
+  double sum = 0;
+  for (int64_t i = 0; i < n; ++i) sum += static_cast<double>(x[i]) * x[i];
+  return static_cast<float>(std::sqrt(sum));
+}
+
+FASTSSL_VECTORISED float dot(const float* x, const float* y, int64_t n) {
+  float sum = 0;
+#pragma omp simd reduction(+ : sum)
+  for (int64_t i = 0; i < n; ++i) sum += x[i] * y[i];
+  return sum;
+}
+
+float absorb(float* logits, int64_t n, float& maximum, float& sum) {
+  const float now = std::max(maximum, max(logits, n));
+  const float shift = now == -std::numeric_limits<float>::infinity() ? 0.f : now;  // −∞ − (−∞) is no number
+  const float rescale = maximum == now ? 1.f : std::exp2(maximum - shift);
+  sum = sum * rescale + exp2_sum(logits, n, shift);
+  maximum = now;
+  return rescale;
+}
+
+FASTSSL_VECTORISED void scale_(float* x, float factor, int64_t n) {
+#pragma omp simd
+  for (int64_t i = 0; i < n; ++i) x[i] *= factor;
+}
+
+FASTSSL_VECTORISED void axpy_(float* y, float a, const float* x, int64_t n) {
+#pragma omp simd
+  for (int64_t i = 0; i < n; ++i) y[i] += a * x[i];
+}
+
+FASTSSL_VECTORISED void interleave_rows(const Pair* rows, int64_t stride, int64_t count, int64_t columns, Pair* pairs) {
+  for (int64_t r = 0; r < count; r += 2) {
+    const Pair* const even = rows + r * stride;
+    const Pair* const odd = even + stride;
+    Pair* const out = pairs + r / 2 * columns;
+    const bool alone = r + 1 == count;
+    for (int64_t c = 0; c < columns; ++c) {
+      const uint32_t low = even[c / 2] >> c % 2 * 16 & 0xffffu;
+      const uint32_t high = alone ? 0 : odd[c / 2] >> c % 2 * 16;
+      out[c] = low | high << 16;
+    }
+  }
+}
+
+Length length(const float* x, int64_t n) {
+  const float l = norm(x, n);
+  return {1.f / std::max(l, kEps), l > kEps};
+}
+
+void backward_of_normalize_(float* g, const float* unit, Length length, int64_t n) {
+  if (length.regular) axpy_(g, -dot(g, unit, n), unit, n);
+  scale_(g, length.inverse, n);
+}
+
+}  // namespace fastssl::cpu

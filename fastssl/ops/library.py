@@ -1,0 +1,88 @@
+"""Ops of torch.library: for each backend one of the same schema, with a fake kernel and an autograd formula."""
+
+from collections.abc import Callable
+from importlib import import_module
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+from fastssl import _extension
+from fastssl.errors import FastsslError
+from fastssl.kernels import interpreted, unavailable
+from fastssl.ops.backend import Implementation
+
+LIBRARY = torch.library.Library("fastssl", "FRAGMENT")
+FUSED = ("native", "triton")
+DTYPES = frozenset({torch.float32, torch.bfloat16, torch.float16})
+
+
+def define(
+    name: str,
+    schema: str,
+    *,
+    kernel: str,
+    fake: Callable[..., Any],
+    setup_context: Callable[..., None],
+    backward: Callable[[str], Callable[..., Any]],
+) -> None:
+    """Define the ops ``fastssl::{name}_native`` and ``fastssl::{name}_triton``.
+
+    The native kernel registers itself when the extension is loaded. Neither is an autocast op: the kernels take half
+    inputs and compute in float32, so autocast has nothing to change.
+
+    Args:
+        name: of the op, without the backend.
+        schema: arguments and results, in the dispatcher's language.
+        kernel: the Triton launcher, as "module.function" below fastssl.kernels; imported at the first call.
+        fake: the results' shapes and dtypes.
+        setup_context: as in `torch.library.register_autograd`.
+        backward: given the backend's name, the formula as in `torch.library.register_autograd`.
+    """
+    module, function = kernel.rsplit(".", 1)
+
+    def launch(*arguments: Any) -> Any:
+        return getattr(import_module(f"fastssl.kernels.{module}"), function)(*arguments)
+
+    for backend in FUSED:
+        op = f"{name}_{backend}"
+        LIBRARY.define(op + schema, tags=(torch.Tag.pt2_compliant_tag,))
+        torch.library.register_fake(f"fastssl::{op}", fake, lib=LIBRARY)
+        torch.library.register_autograd(f"fastssl::{op}", backward(backend), setup_context=setup_context, lib=LIBRARY)
+    for key in ("CUDA", "CPU") if interpreted() else ("CUDA",):
+        LIBRARY.impl(f"{name}_triton", launch, key)
+
+
+def implementations(function: Callable[..., Any]) -> dict[str, Implementation]:
+    """The fused backends of an op, whose `function` takes the backend's name first."""
+
+    def bind(backend: str) -> Callable[..., Any]:
+        return lambda *arguments: function(backend, *arguments)
+
+    triton_devices = frozenset({"cuda", "cpu"} if interpreted() else {"cuda"})
+    return {
+        "native": Implementation(bind("native"), frozenset({"cpu"}), DTYPES, _extension.missing()),
+        "triton": Implementation(bind("triton"), triton_devices, DTYPES, unavailable()),
+    }
+
+
+def call(name: str, backend: str, *arguments: Any) -> Any:
+    """Call ``fastssl::{name}_{backend}``."""
+    return getattr(torch.ops.fastssl, f"{name}_{backend}")(*arguments)
+
+
+def refuse_forward_mode(op: str, *tensors: Tensor | None) -> None:
+    """Raise when a tangent would get lost: the fused kernels know reverse mode only."""
+    if torch.compiler.is_compiling():
+        return
+    if any(t is not None and forward_ad.unpack_dual(t).tangent is not None for t in tensors):
+        raise FastsslError(f"{op}: the fused kernels have no forward-mode derivative; {_REMEDY}")
+
+
+def no_second_derivative(op: str) -> FastsslError:
+    """The error of a backward that is differentiated again."""
+    return FastsslError(f"{op}: the fused kernels have no second derivative; {_REMEDY}")
+
+
+_REMEDY = 'for this one, call it inside `with fastssl.ops.use_backend("reference"):`'
