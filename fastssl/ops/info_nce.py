@@ -154,37 +154,38 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
         query, positive_key, negative_keys, tensor, first, count, lse, dquery, dpositive, dtemperature
     )
     ctx.temperature, ctx.normalized = temperature, normalized
+    ctx.mark_non_differentiable(lse, dquery, dpositive, dtemperature)
     ctx.set_materialize_grads(False)
 
 
 def _backward(name: str) -> Any:
-    def backward(ctx: Any, grad: Tensor | None, *grads_of_saved: Tensor | None) -> tuple[Tensor | None, ...]:
-        if any(g is not None for g in grads_of_saved):
-            raise library.no_second_derivative("info_nce")
+    def backward(ctx: Any, grad: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
         query, positive_key, negative_keys, tensor, first, count, lse, dquery, dpositive, dtemperature = (
             ctx.saved_tensors
         )
         needs_query, needs_positive, needs_negatives, _, needs_temperature, *_ = ctx.needs_input_grad
         query_grad = positive_grad = negatives_grad = temperature_grad = None
         if grad is not None:
-            rows = grad.unsqueeze(1)  # N×1
+            inputs = [x for x in (query, positive_key, negative_keys, tensor) if x is not None]
             if needs_query:
-                query_grad = (rows * dquery).to(query.dtype)  # N×D
-            if needs_positive:
-                positive_grad = rows * dpositive  # N×D
-                if negative_keys is None:  # in-batch: a key is also the negative of all other queries
-                    positive_grad = positive_grad + library.call(
-                        "info_nce_negatives", name, grad, lse, query, positive_key, ctx.temperature, tensor,
-                        None, None, False, True,
-                    )  # fmt: skip
-                positive_grad = positive_grad.to(positive_key.dtype)
+                query_grad = library.scale_rows(grad, dquery, query.dtype, inputs)  # N×D
+            if needs_positive and negative_keys is not None:
+                positive_grad = library.scale_rows(grad, dpositive, positive_key.dtype, inputs)  # N×D
+            elif needs_positive:  # in-batch, a key is also a negative of all other queries
+                as_negative = library.call(
+                    "info_nce_negatives", name, grad, lse, query, positive_key, ctx.temperature, tensor,
+                    None, None, False, True,
+                )  # fmt: skip
+                as_positive = library.scale_rows(grad, dpositive, torch.float32, inputs)
+                positive_grad = as_negative.add_(as_positive).to(positive_key.dtype)
             if needs_negatives:
                 negatives_grad = library.call(
                     "info_nce_negatives", name, grad, lse, query, negative_keys, ctx.temperature, tensor,
                     first, count, ctx.normalized, False,
                 )  # M×D or N×M×D  # fmt: skip
             if needs_temperature:
-                temperature_grad = (grad * dtemperature).sum().reshape(tensor.shape).to(tensor.dtype)
+                rows = library.scale_rows(grad, dtemperature, torch.float32, inputs)
+                temperature_grad = rows.sum().reshape(tensor.shape).to(tensor.dtype)
         return query_grad, positive_grad, negatives_grad, None, temperature_grad, None, None, None, None
 
     return backward
@@ -207,17 +208,6 @@ def _negatives_fake(
     )
 
 
-def _negatives_setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    pass
-
-
-def _negatives_backward(name: str) -> Any:
-    def backward(ctx: Any, grad: Tensor) -> None:
-        raise library.no_second_derivative("info_nce")
-
-    return backward
-
-
 library.define(
     "info_nce",
     "(Tensor query, Tensor positive_key, Tensor? negative_keys, float temperature, Tensor? temperature_tensor, "
@@ -234,8 +224,6 @@ library.define(
     "Tensor? first, Tensor? count, bool negatives_normalized, bool exclude_diagonal) -> Tensor",
     kernel="info_nce.negatives",
     fake=_negatives_fake,
-    setup_context=_negatives_setup_context,
-    backward=_negatives_backward,
 )
 for _name, _implementation in library.implementations(_fused).items():
     backend.register("info_nce", _name, _implementation)
@@ -249,8 +237,8 @@ def _beyond_the_kernels(query: Tensor, temperature: float | Tensor) -> str | Non
     if isinstance(temperature, Tensor):
         if temperature.numel() != 1:
             return f"temperature has {temperature.numel()} elements"
-        if torch.result_type(query, temperature) != query.dtype:
-            return f"a temperature of shape {tuple(temperature.shape)} and {temperature.dtype} makes the loss one too"
+        if temperature.dim() > 0 and temperature.dtype != query.dtype:
+            return f"temperature is {temperature.dtype} and not a scalar, which may widen the loss"
     return None
 
 
@@ -285,6 +273,8 @@ def _check(
         raise FastsslError(f"<query> is {query.dtype}, <positive_key> {positive_key.dtype}: give both the same dtype")
     if negative_keys is not None:
         _check_negatives(query, negative_keys, negative_mode)
+    if isinstance(temperature, Tensor):
+        _check_temperature(query, negative_keys, temperature)
     if valid is not None:
         _check_valid(negative_keys, negative_mode, valid)
 
@@ -304,6 +294,14 @@ def _check_negatives(query: Tensor, negative_keys: Tensor, negative_mode: str) -
             f"<query> is {query.dtype} and <negative_keys> {negative_keys.dtype}: give both the same dtype "
             "(only a float32 query may have bfloat16 or float16 negatives)"
         )
+
+
+def _check_temperature(query: Tensor, negative_keys: Tensor | None, temperature: Tensor) -> None:
+    columns = len(query) if negative_keys is None else 1 + negative_keys.shape[-2]
+    shape = (len(query), columns)  # of the logits
+    sizes = temperature.shape
+    if len(sizes) > 2 or any(size not in (1, full) for size, full in zip(sizes[::-1], shape[::-1], strict=False)):
+        raise FastsslError(f"temperature of shape {tuple(sizes)} cannot be broadcast to the logits' shape {shape}")
 
 
 def _check_valid(negative_keys: Tensor | None, negative_mode: str, valid: Valid) -> None:

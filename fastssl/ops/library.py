@@ -24,8 +24,8 @@ def define(
     *,
     kernel: str,
     fake: Callable[..., Any],
-    setup_context: Callable[..., None],
-    backward: Callable[[str], Callable[..., Any]],
+    setup_context: Callable[..., None] | None = None,
+    backward: Callable[[str], Callable[..., Any]] | None = None,
 ) -> None:
     """Define the ops ``fastssl::{name}_native`` and ``fastssl::{name}_triton``.
 
@@ -38,7 +38,8 @@ def define(
         kernel: the Triton launcher, as "module.function" below fastssl.kernels; imported at the first call.
         fake: the results' shapes and dtypes.
         setup_context: as in `torch.library.register_autograd`.
-        backward: given the backend's name, the formula as in `torch.library.register_autograd`.
+        backward: given the backend's name, the formula as in `torch.library.register_autograd`. Without one, the
+            op is itself part of a backward, and an error when that is differentiated.
     """
     module, function = kernel.rsplit(".", 1)
 
@@ -49,7 +50,8 @@ def define(
         op = f"{name}_{backend}"
         LIBRARY.define(op + schema, tags=(torch.Tag.pt2_compliant_tag,))
         torch.library.register_fake(f"fastssl::{op}", fake, lib=LIBRARY)
-        torch.library.register_autograd(f"fastssl::{op}", backward(backend), setup_context=setup_context, lib=LIBRARY)
+        formula = _refuse_second_derivative if backward is None else backward(backend)
+        torch.library.register_autograd(f"fastssl::{op}", formula, setup_context=setup_context, lib=LIBRARY)
     for key in ("CUDA", "CPU") if interpreted() else ("CUDA",):
         LIBRARY.impl(f"{name}_triton", launch, key)
 
@@ -80,9 +82,35 @@ def refuse_forward_mode(op: str, *tensors: Tensor | None) -> None:
         raise FastsslError(f"{op}: the fused kernels have no forward-mode derivative; {_REMEDY}")
 
 
-def no_second_derivative(op: str) -> FastsslError:
-    """The error of a backward that is differentiated again."""
-    return FastsslError(f"{op}: the fused kernels have no second derivative; {_REMEDY}")
+def scale_rows(grad: Tensor, rows: Tensor, dtype: torch.dtype, inputs: list[Tensor]) -> Tensor:
+    """Row i of `rows` times grad[i]: what is left to do in backward when forward has computed the gradients.
+
+    Args:
+        grad: N.
+        rows: N or N×D, gradients of the N losses.
+        dtype: of the result.
+        inputs: all that `rows` depend on, so that a second derivative is refused instead of wrong.
+    """
+    result: Tensor = torch.ops.fastssl.scale_rows(grad, rows, dtype, inputs)
+    return result
 
 
-_REMEDY = 'for this one, call it inside `with fastssl.ops.use_backend("reference"):`'
+def _scale_rows(grad: Tensor, rows: Tensor, dtype: torch.dtype, inputs: list[Tensor]) -> Tensor:
+    return (grad.reshape(-1, *[1] * (rows.dim() - 1)) * rows).to(dtype)
+
+
+def _refuse_second_derivative(ctx: Any, *grads: Tensor) -> None:
+    raise FastsslError(f"the fused kernels have no second derivative; {_REMEDY}")
+
+
+_REMEDY = 'for this one, call the op inside `with fastssl.ops.use_backend("reference"):`'
+
+LIBRARY.define(
+    "scale_rows(Tensor grad, Tensor rows, ScalarType dtype, Tensor[] inputs) -> Tensor",
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
+LIBRARY.impl("scale_rows", _scale_rows, "CompositeExplicitAutograd")
+torch.library.register_fake(
+    "fastssl::scale_rows", lambda grad, rows, dtype, inputs: rows.new_empty(rows.shape, dtype=dtype), lib=LIBRARY
+)
+torch.library.register_autograd("fastssl::scale_rows", _refuse_second_derivative, lib=LIBRARY)

@@ -48,20 +48,18 @@ def _fake(prediction: Tensor, target: Tensor, gradients: bool) -> tuple[Tensor, 
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    prediction, _, _ = inputs
-    ctx.save_for_backward(output[1])
-    ctx.dtype = prediction.dtype
+    prediction, target, _ = inputs
+    _, dprediction = output
+    ctx.save_for_backward(prediction, target, dprediction)
+    ctx.mark_non_differentiable(dprediction)
     ctx.set_materialize_grads(False)
 
 
-def _backward(name: str) -> Any:
-    def backward(ctx: Any, grad: Tensor | None, grad_of_saved: Tensor | None) -> tuple[Tensor | None, None, None]:
-        if grad_of_saved is not None:
-            raise library.no_second_derivative("normalized_mse")
-        [dprediction] = ctx.saved_tensors
-        return None if grad is None else (grad.unsqueeze(1) * dprediction).to(ctx.dtype), None, None  # N×D
-
-    return backward
+def _backward(ctx: Any, grad: Tensor | None, _: None) -> tuple[Tensor | None, None, None]:
+    prediction, target, dprediction = ctx.saved_tensors
+    if grad is None:
+        return None, None, None
+    return library.scale_rows(grad, dprediction, prediction.dtype, [prediction, target]), None, None  # N×D
 
 
 library.define(
@@ -70,7 +68,7 @@ library.define(
     kernel="normalized_mse.forward",
     fake=_fake,
     setup_context=_setup_context,
-    backward=_backward,
+    backward=lambda _: _backward,
 )
 for _name, _implementation in library.implementations(_fused).items():
     backend.register("normalized_mse", _name, _implementation)

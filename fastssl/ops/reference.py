@@ -22,7 +22,9 @@ def info_nce(
     valid: Valid | None,
 ) -> Tensor:
     """Normalise, multiply, and take the cross-entropy of the positive among all keys; half inputs in float32."""
-    dtype = torch.result_type(query, temperature)  # a temperature of one or more dimensions may widen it
+    dtype = query.dtype
+    if isinstance(temperature, Tensor) and temperature.dim() > 0:
+        dtype = torch.promote_types(dtype, temperature.dtype)
     with torch.autocast(query.device.type, enabled=False):  # it would round the product's factors to half
         query = F.normalize(in_float(query), dim=-1)  # N×D
         positive_key = F.normalize(in_float(positive_key), dim=-1)  # N×D

@@ -29,7 +29,7 @@ using cpu::panel;
 using cpu::Tile;
 
 constexpr float kInf = std::numeric_limits<float>::infinity();
-constexpr int64_t kBlock = 8;   // panels that share a tile while it is in the cache
+constexpr int64_t kBlock = 4;   // panels that share a tile while it is in the cache
 constexpr int64_t kItems = 32;  // work items wanted: enough for many cores, few enough that the partials stay small
 
 int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
@@ -44,13 +44,19 @@ float scalar(double value, const std::optional<Tensor>& tensor) {
   return static_cast<float>(tensor ? tensor->item<double>() : value);
 }
 
-// Few rows, normalised once: unit vectors N×D and the lengths they had.
+// Few rows, normalised once: unit vectors and the lengths they had. Zeros fill whole panels in both directions.
 struct UnitRows {
-  int64_t n, d;
+  int64_t n, d, stride;
   Tensor unit;
   std::vector<Length> lengths;
 
-  explicit UnitRows(const Tensor& x) : n(x.size(0)), d(x.size(1)), unit(floats({n, d}).copy_(x)), lengths(n) {
+  explicit UnitRows(const Tensor& x)
+      : n(x.size(0)),
+        d(x.size(1)),
+        stride(divide_up(d, kPanel) * kPanel),
+        unit(at::zeros({divide_up(n, kPanel) * kPanel, stride}, at::kFloat)),
+        lengths(n) {
+    unit.narrow(0, 0, n).narrow(1, 0, d).copy_(x);
     at::parallel_for(0, n, 64, [&](int64_t begin, int64_t end) {
       for (const auto i : irange(begin, end)) {
         lengths[i] = cpu::length(row(i), d);
@@ -58,7 +64,8 @@ struct UnitRows {
       }
     });
   }
-  float* row(int64_t i) const { return data(unit) + i * d; }
+  float* row(int64_t i) const { return data(unit) + i * stride; }
+  Tensor rows() const { return unit.narrow(0, 0, n).narrow(1, 0, d); }
 };
 
 // Queries side by side, zeros where the last panel has none.
@@ -281,21 +288,20 @@ Partials unpaired_pairs(const QueryPairs& queries, int64_t n, int64_t d, const K
 }
 
 // negatives N×M×D: each query has its own.
-Partials paired(const Tensor& scaled, const Tensor& negatives, bool normalized, bool gradients) {
-  const int64_t n = scaled.size(0), d = scaled.size(1), m = negatives.size(1), tile = keys_of_tile(d);
+Partials paired(const UnitRows& query, float factor, const Tensor& negatives, bool normalized, bool gradients) {
+  const int64_t n = query.n, d = query.d, m = negatives.size(1), tile = keys_of_tile(d);
   Partials partials(splits_for(n, m, tile), n, d, gradients);
   over_splits(n, partials.splits, m, tile, [&](int64_t i, int64_t split, int64_t from, int64_t to) {
     if (from == to) return;
     const Keys keys(negatives[i], std::nullopt, std::nullopt, normalized);
     const Tensor scratch = floats({tile, d});
     std::vector<float> logits(tile), weighted(d, 0.f);
-    const float* const q = scaled.const_data_ptr<float>() + i * d;
     float& maximum = partials.maximum[partials.at(split, 0) + i];
     float& sum = partials.sum[partials.at(split, 0) + i];
     for (int64_t l = from; l < to; l += tile) {
       const int64_t rows = std::min(tile, to - l);
       const Tile<float> k = keys.load(l, rows, data(scratch));
-      for (const auto j : irange(rows)) logits[j] = cpu::dot(q, k.data + j * k.stride, d);
+      for (const auto j : irange(rows)) logits[j] = factor * cpu::dot(query.row(i), k.data + j * k.stride, d);
       const float rescale = cpu::absorb(logits.data(), rows, maximum, sum);
       if (!gradients) continue;
       if (rescale != 1.f) cpu::scale_(weighted.data(), rescale, d);
@@ -319,9 +325,7 @@ std::vector<float> padded(const Tensor& x, float factor) {
 void unpaired_negatives(const UnitRows& query, const Queries& queries, const std::vector<float>& lse,
                         const std::vector<float>& weight, const Keys& keys, bool exclude_diagonal,
                         const Tensor& gradient) {
-  const int64_t d = query.d, wide = divide_up(d, kPanel) * kPanel, tile = keys_of_tile(d);
-  const Tensor unit = at::zeros({queries.panels * kPanel, wide}, at::kFloat);  // whole panels in both directions
-  unit.narrow(0, 0, query.n).narrow(1, 0, d).copy_(query.unit);
+  const int64_t d = query.d, wide = query.stride, tile = keys_of_tile(d);
   at::parallel_for(0, divide_up(keys.count(), tile), 1, [&](int64_t begin, int64_t end) {
     const at::AutoDispatchBelowADInplaceOrView plain_arithmetic;
     const Tensor scratch = floats({tile, d}), tile_logits = floats({tile, kPanel}), sums = floats({tile, wide});
@@ -335,9 +339,8 @@ void unpaired_negatives(const UnitRows& query, const Queries& queries, const std
         panel().multiply(k.data, k.stride, 1, queries.panel(p), kPanel, rows, d, false, logits, kPanel);
         if (exclude_diagonal) leave_out_diagonal(logits, p, l, rows);
         panel().weigh(logits, rows, &lse[p * kPanel], &weight[p * kPanel]);
-        const float* const q = unit.const_data_ptr<float>() + p * kPanel * wide;
         for (int64_t c = 0; c < wide; c += kPanel) {
-          panel().multiply(logits, kPanel, 1, q + c, wide, rows, kPanel, p > 0, data(sums) + c, wide);
+          panel().multiply(logits, kPanel, 1, query.row(p * kPanel) + c, wide, rows, kPanel, p > 0, data(sums) + c, wide);
         }
       }
       for (const auto j : irange(rows)) {
@@ -348,7 +351,7 @@ void unpaired_negatives(const UnitRows& query, const Queries& queries, const std
   });
 }
 
-void paired_negatives(const UnitRows& query, const Tensor& scaled, const std::vector<float>& lse,
+void paired_negatives(const UnitRows& query, float factor, const std::vector<float>& lse,
                       const std::vector<float>& weight, const Tensor& negatives, bool normalized,
                       const Tensor& gradient) {
   const int64_t n = query.n, d = query.d, m = negatives.size(1), tile = keys_of_tile(d);
@@ -362,7 +365,7 @@ void paired_negatives(const UnitRows& query, const Tensor& scaled, const std::ve
       for (const auto j : irange(rows)) {
         const float* const key = k.data + j * k.stride;
         float* const g = data(result) + j * d;
-        const float logit = cpu::dot(scaled.const_data_ptr<float>() + i * d, key, d);
+        const float logit = factor * cpu::dot(query.row(i), key, d);
         std::copy_n(query.row(i), d, g);
         cpu::scale_(g, std::exp2(logit - lse[i]) * weight[i], d);
         cpu::backward_of_normalize_(g, key, lengths[j], d);
@@ -382,8 +385,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> info_nce_cpu(
   const float t = scalar(temperature, temperature_tensor), factor = cpu::kLog2e / t;
   const UnitRows q(query), k(positive_key);
   const auto partials = [&] {
-    if (!negative_keys) return unpaired({q, factor}, q.n, {k.unit, first, count, true}, true, gradients);
-    if (negative_keys->dim() == 3) return paired(q.unit * factor, *negative_keys, negatives_normalized, gradients);
+    if (!negative_keys) return unpaired({q, factor}, q.n, {k.rows(), first, count, true}, true, gradients);
+    if (negative_keys->dim() == 3) return paired(q, factor, *negative_keys, negatives_normalized, gradients);
     const Keys keys(*negative_keys, first, count, negatives_normalized);
     if (query.scalar_type() == at::kBFloat16) return unpaired_pairs({query, q, factor}, q.n, q.d, keys, gradients);
     return unpaired({q, factor}, q.n, keys, false, gradients);
@@ -404,7 +407,7 @@ Tensor info_nce_negatives_cpu(const Tensor& grad_loss, const Tensor& lse, const 
   const UnitRows q(query);
   const std::vector<float> base2 = padded(lse, cpu::kLog2e), weight = padded(grad_loss, 1.f / t);
   if (negative_keys.dim() == 3) {
-    paired_negatives(q, q.unit * factor, base2, weight, negative_keys, negatives_normalized, gradient);
+    paired_negatives(q, factor, base2, weight, negative_keys, negatives_normalized, gradient);
   } else {
     const Keys keys(negative_keys, first, count, negatives_normalized);
     unpaired_negatives(q, {q, factor}, base2, weight, keys, exclude_diagonal, gradient);

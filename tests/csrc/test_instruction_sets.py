@@ -1,0 +1,43 @@
+"""The CPU kernels exist once for each instruction set; torch's ATEN_CPU_CAPABILITY chooses among them at start-up."""
+
+import os
+import platform
+import subprocess
+import sys
+
+import pytest
+
+from fastssl import _extension
+
+CHECK = """
+import torch
+from fastssl.ops import info_nce, normalized_mse, use_backend
+
+assert torch.backends.cpu.get_cpu_capability() == "{capability}"
+torch.manual_seed(0)
+for dtype, tolerance in ((torch.float32, 1e-5), (torch.bfloat16, 2e-2)):
+    for n, m, d in ((1, 1, 1), (7, 5, 3), (33, 70, 31), (40, 700, 129)):
+        inputs = [torch.randn(rows, d).to(dtype).requires_grad_() for rows in (n, n, m)]
+        exact = [x.detach().double().requires_grad_() for x in inputs]
+        for negatives in (slice(3), slice(2)):
+            q, k, *rest = inputs[negatives]
+            loss = info_nce(q, k, *rest, temperature=0.2) + normalized_mse(q, k).mean()
+            results = [loss, *torch.autograd.grad(loss, inputs[negatives])]
+            q, k, *rest = exact[negatives]
+            with use_backend("reference"):
+                loss = info_nce(q, k, *rest, temperature=0.2) + normalized_mse(q, k).mean()
+            expected = [loss, *torch.autograd.grad(loss, exact[negatives])]
+            for a, b, x in zip(results, expected, [torch.ones(1), *inputs]):
+                scale = b.abs() + 5 / x.detach().double().norm(dim=-1, keepdim=True)
+                assert ((a - b).abs() <= tolerance * scale).all(), (dtype, n, m, d, (a - b).abs().max())
+"""
+
+
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="other processors have one instruction set")
+@pytest.mark.skipif(_extension.missing() is not None, reason="the extension is missing")
+@pytest.mark.parametrize("capability", ["DEFAULT", "AVX2"])  # the best one is what all other tests run
+def test_older_processors_compute_the_same(capability: str) -> None:
+    environment = os.environ | {"ATEN_CPU_CAPABILITY": capability.lower(), "FASTSSL_BACKEND": ""}
+    code = CHECK.format(capability=capability)
+    result = subprocess.run([sys.executable, "-c", code], env=environment, stderr=subprocess.PIPE, text=True)
+    assert result.returncode == 0, result.stderr

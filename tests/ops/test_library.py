@@ -1,0 +1,196 @@
+"""The fused ops as torch sees them: schemas, fake tensors, autograd, compilation, and what they refuse."""
+
+import re
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+from torch.utils.checkpoint import checkpoint
+
+from fastssl.ops import info_nce, normalized_mse, use_backend
+from fastssl.ops.library import call
+
+Inputs = dict[str, Any]  # tensors, or None for in-batch negatives
+
+
+def inputs(mode: str | None, *, n: int = 6, m: int = 9, d: int = 5, requires_grad: bool = True) -> Inputs:
+    draw = torch.Generator().manual_seed(0)
+    shapes: dict[str, tuple[int, ...] | None] = {
+        "query": (n, d),
+        "positive_key": (n, d),
+        "negative_keys": {"unpaired": (m, d), "paired": (n, m, d), None: None}[mode],
+    }
+    return {
+        name: None if shape is None else torch.randn(shape, generator=draw).requires_grad_(requires_grad)
+        for name, shape in shapes.items()
+    }
+
+
+MODES = ("unpaired", "paired", None)
+
+
+def loss_of(tensors: Inputs, mode: str | None, temperature: float = 0.1) -> Tensor:
+    return info_nce(**tensors, temperature=temperature, negative_mode=mode or "unpaired")
+
+
+def gradients(loss: Tensor, tensors: Inputs) -> list[Tensor]:
+    return list(torch.autograd.grad(loss, [t for t in tensors.values() if t is not None], retain_graph=True))
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_opcheck(mode: str | None) -> None:
+    tensors = inputs(mode)
+    ring = (torch.tensor(7), torch.tensor(4)) if mode == "unpaired" else (None, None)
+    temperature = torch.tensor(0.3, requires_grad=True)
+    arguments = (*tensors.values(), 0.0, temperature, *ring, False, True)
+    torch.library.opcheck(torch.ops.fastssl.info_nce_native.default, arguments)
+    frozen = {name: t if t is None else t.detach() for name, t in tensors.items()}
+    torch.library.opcheck(torch.ops.fastssl.info_nce_native.default, (*frozen.values(), 0.3, None, *ring, True, False))
+    lse = call("info_nce", "native", *frozen.values(), 0.3, None, *ring, False, False)[1]
+    negatives = frozen["positive_key" if mode is None else "negative_keys"]
+    torch.library.opcheck(
+        torch.ops.fastssl.info_nce_negatives_native.default,
+        (torch.ones(6), lse, frozen["query"], negatives, 0.3, None, *ring, False, mode is None),
+    )
+
+
+def test_opcheck_normalized_mse() -> None:
+    prediction, target = torch.randn(6, 5, requires_grad=True), torch.randn(6, 5)
+    for gradients_wanted in (True, False):
+        p = prediction if gradients_wanted else prediction.detach()
+        torch.library.opcheck(torch.ops.fastssl.normalized_mse_native.default, (p, target, gradients_wanted))
+
+
+def test_without_gradients_nothing_is_computed_for_them() -> None:
+    tensors = inputs("unpaired", requires_grad=False)
+    outputs = call("info_nce", "native", *tensors.values(), 0.3, None, None, None, False, False)
+    assert [tuple(x.shape) for x in outputs] == [(6,), (6,), (0,), (0,), (0,)]
+    loss, gradient = call("normalized_mse", "native", tensors["query"], tensors["positive_key"], False)
+    assert (tuple(loss.shape), tuple(gradient.shape)) == ((6,), (0,))
+
+
+@pytest.mark.parametrize("context", [torch.no_grad, torch.inference_mode])
+@pytest.mark.parametrize("mode", MODES)
+def test_no_grad_and_inference_mode(mode: str | None, context: Callable[[], Any]) -> None:
+    expected = loss_of(inputs(mode), mode)
+    with context():
+        tensors = inputs(mode, n=6, m=9)
+        loss = loss_of(tensors, mode)
+        assert not loss.requires_grad
+    assert torch.equal(loss, expected.detach())
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_backward_twice_and_checkpointing(mode: str | None) -> None:
+    tensors = inputs(mode)
+    loss = loss_of(tensors, mode, temperature=0.2)
+    first = gradients(loss, tensors)
+    for again, expected in zip(gradients(loss, tensors), first, strict=True):
+        assert torch.equal(again, expected)
+    for reentrant in (True, False):
+        leaves = [t for t in tensors.values() if t is not None]
+        for leaf in leaves:
+            leaf.grad = None
+        names = [name for name, t in tensors.items() if t is not None]
+
+        def loss_of_leaves(*values: Tensor, names: list[str] = names) -> Tensor:
+            return loss_of(dict(zip(names, values, strict=True)), mode, temperature=0.2)
+
+        checkpointed = checkpoint(loss_of_leaves, *leaves, use_reentrant=reentrant)
+        checkpointed.backward()
+        for leaf, expected in zip(leaves, first, strict=True):
+            assert leaf.grad is not None
+            assert torch.equal(leaf.grad, expected)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_second_derivative_is_refused(mode: str | None) -> None:
+    tensors = inputs(mode)
+    leaves = [t for t in tensors.values() if t is not None]
+    for leaf in leaves:
+        grads = torch.autograd.grad(loss_of(tensors, mode), leaf, create_graph=True)
+        with pytest.raises(ValueError, match=re.escape('use_backend("reference")')):
+            torch.autograd.grad(grads[0].square().sum(), leaf)
+    with use_backend("reference"):
+        grads = torch.autograd.grad(loss_of(tensors, mode), leaves, create_graph=True)
+        torch.autograd.grad([g.square().sum() for g in grads], leaves)
+
+
+def test_second_derivative_and_forward_mode_of_normalized_mse() -> None:
+    prediction, target = torch.randn(6, 5, requires_grad=True), torch.randn(6, 5)
+    [gradient] = torch.autograd.grad(normalized_mse(prediction, target).sum(), prediction, create_graph=True)
+    with pytest.raises(ValueError, match=re.escape('use_backend("reference")')):
+        torch.autograd.grad(gradient.square().sum(), prediction)
+    with forward_ad.dual_level():
+        dual = forward_ad.make_dual(prediction.detach(), torch.ones(6, 5))
+        with pytest.raises(ValueError, match=re.escape('use_backend("reference")')):
+            normalized_mse(dual, target)
+
+
+@pytest.mark.parametrize("which", ["query", "positive_key", "negative_keys", "temperature"])
+def test_forward_mode_is_refused(which: str) -> None:
+    tensors: Any = inputs("unpaired", requires_grad=False) | {"temperature": torch.tensor(0.2)}
+    with forward_ad.dual_level():
+        tensors[which] = forward_ad.make_dual(tensors[which], torch.ones_like(tensors[which]))
+        with pytest.raises(ValueError, match=re.escape('use_backend("reference")')):
+            info_nce(**tensors)
+        with use_backend("reference"):
+            assert forward_ad.unpack_dual(info_nce(**tensors)).tangent is not None
+    with pytest.raises(ValueError, match=re.escape('use_backend("reference")')):
+        torch.func.jvp(
+            lambda q: info_nce(q, tensors["positive_key"].detach()), (torch.randn(6, 5),), (torch.ones(6, 5),)
+        )
+
+
+def test_autocast_changes_nothing() -> None:
+    for dtype in (torch.float32, torch.bfloat16):
+        tensors: Inputs = {k: None if t is None else t.detach().to(dtype) for k, t in inputs("unpaired").items()}
+        with torch.autocast("cpu", torch.bfloat16):
+            inside = loss_of(tensors, "unpaired"), normalized_mse(tensors["query"], tensors["positive_key"])
+        assert inside[0].dtype == inside[1].dtype == dtype
+        assert torch.equal(inside[0], loss_of(tensors, "unpaired"))
+
+
+def step(mode: str | None, valid: Any) -> Callable[..., Tensor]:
+    def function(query: Tensor, positive: Tensor, negatives: Tensor | None, temperature: Tensor) -> Tensor:
+        loss = info_nce(query * 2, positive, negatives, temperature, negative_mode=mode or "unpaired", valid=valid)
+        return loss + normalized_mse(query, positive).mean()
+
+    return function
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_compiles_without_a_graph_break(mode: str | None) -> None:
+    valid = (torch.tensor(3), torch.tensor(8)) if mode == "unpaired" else None
+    eager = step(mode, valid)
+    compiled = torch.compile(eager, fullgraph=True, backend="aot_eager")
+    for n in (6, 7, 8):  # the second size makes it dynamic
+        tensors = [*inputs(mode, n=n).values(), torch.tensor(0.2, requires_grad=True)]
+        leaves = [t for t in tensors if t is not None]
+        results = [[loss, *torch.autograd.grad(loss, leaves)] for loss in (eager(*tensors), compiled(*tensors))]
+        for a, b in zip(*results, strict=True):
+            assert torch.allclose(a, b, atol=1e-6)
+
+
+def test_compiled_code_obeys_use_backend() -> None:
+    compiled = torch.compile(lambda q, k: info_nce(q, k), fullgraph=True, backend="aot_eager")
+    query, key = torch.randn(6, 5), torch.randn(6, 5)
+    graphs = torch._dynamo.utils.counters["stats"]
+    compiled(query, key)
+    before = graphs["unique_graphs"]
+    with use_backend("reference"):
+        assert torch.equal(compiled(query, key), info_nce(query, key))
+    assert graphs["unique_graphs"] == before + 1
+
+
+@pytest.mark.slow  # inductor compiles C++
+def test_compiles_with_inductor() -> None:
+    eager = step("unpaired", None)
+    compiled = torch.compile(eager, fullgraph=True)
+    tensors = [*inputs("unpaired").values(), torch.tensor(0.2, requires_grad=True)]
+    results = [[loss, *torch.autograd.grad(loss, tensors)] for loss in (eager(*tensors), compiled(*tensors))]
+    for a, b in zip(*results, strict=True):
+        assert torch.allclose(a, b, atol=1e-6)
