@@ -71,6 +71,11 @@ py::dict build_info() {
   info["cpp_standard"] = __cplusplus / 100 % 100;  // 202002 is C++20
   info["torch"] = TORCH_VERSION;
   info["cpu_flags"] = cpu_flags();
+#ifdef _OPENMP
+  info["openmp"] = true;
+#else
+  info["openmp"] = false;  // at::parallel_for runs on one thread then
+#endif
   info["ops"] = split(FASTSSL_OPS);
   info["cuda"] = py::none();
   info["cuda_archs"] = py::list();

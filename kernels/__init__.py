@@ -8,7 +8,7 @@ OLDEST = (3, 6)
 
 def interpreted() -> bool:
     """Whether Triton interprets its kernels in Python, on CPU tensors too; it decides so when it is imported."""
-    return os.environ.get("TRITON_INTERPRET") == "1"
+    return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes")
 
 
 @cache

@@ -1,10 +1,14 @@
 """What all tests share: two threads at most, and a folder of small images."""
 
+import os
 from pathlib import Path
 
 import pytest
 import torch
 from PIL import Image
+
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # before Triton or fastssl is imported
 
 torch.set_num_threads(2)
 

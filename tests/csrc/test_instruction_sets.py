@@ -6,8 +6,11 @@ import subprocess
 import sys
 
 import pytest
+import torch
 
 from fastssl import _extension
+
+pytestmark = pytest.mark.skipif(_extension.missing() is not None, reason="the extension is missing")
 
 CHECK = """
 import torch
@@ -34,10 +37,16 @@ for dtype, tolerance in ((torch.float32, 1e-5), (torch.bfloat16, 2e-2)):
 
 
 @pytest.mark.skipif(platform.machine() != "x86_64", reason="other processors have one instruction set")
-@pytest.mark.skipif(_extension.missing() is not None, reason="the extension is missing")
 @pytest.mark.parametrize("capability", ["DEFAULT", "AVX2"])  # the best one is what all other tests run
 def test_older_processors_compute_the_same(capability: str) -> None:
     environment = os.environ | {"ATEN_CPU_CAPABILITY": capability.lower(), "FASTSSL_BACKEND": ""}
     code = CHECK.format(capability=capability)
     result = subprocess.run([sys.executable, "-c", code], env=environment, stderr=subprocess.PIPE, text=True)
     assert result.returncode == 0, result.stderr
+
+
+def test_all_threads_take_part() -> None:
+    """Without OpenMP at compile time, ATen's loops run on one thread and nobody notices."""
+    info = _extension.build_info()
+    assert info is not None
+    assert info["openmp"] == ("ATen parallel backend: OpenMP" in torch.__config__.parallel_info())

@@ -1,7 +1,7 @@
 """The fused ops as torch sees them: schemas, fake tensors, autograd, compilation, and what they refuse."""
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -14,10 +14,25 @@ from fastssl.ops import info_nce, normalized_mse, use_backend
 from fastssl.ops.library import call
 
 Inputs = dict[str, Any]  # tensors, or None for in-batch negatives
+CUDA = torch.cuda.is_available()
+# The native kernels are for CPUs; Triton's run where there is CUDA, or on the CPU through its interpreter.
+DEVICE = {"native": "cpu", "triton": "cuda" if CUDA else "cpu"}
+
+
+@pytest.fixture(params=DEVICE, autouse=True)
+def backend(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Every test runs on each fused backend, its inputs on that backend's device."""
+    torch.compiler.reset()
+    with use_backend(request.param), torch.device(DEVICE[request.param]):
+        yield request.param
+
+
+def op(name: str, backend: str) -> Any:
+    return getattr(torch.ops.fastssl, f"{name}_{backend}").default
 
 
 def inputs(mode: str | None, *, n: int = 6, m: int = 9, d: int = 5, requires_grad: bool = True) -> Inputs:
-    draw = torch.Generator().manual_seed(0)
+    draw = torch.Generator(torch.get_default_device()).manual_seed(0)
     shapes: dict[str, tuple[int, ...] | None] = {
         "query": (n, d),
         "positive_key": (n, d),
@@ -41,34 +56,34 @@ def gradients(loss: Tensor, tensors: Inputs) -> list[Tensor]:
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_opcheck(mode: str | None) -> None:
+def test_opcheck(mode: str | None, backend: str) -> None:
     tensors = inputs(mode)
     ring = (torch.tensor(7), torch.tensor(4)) if mode == "unpaired" else (None, None)
     temperature = torch.tensor(0.3, requires_grad=True)
     arguments = (*tensors.values(), 0.0, temperature, *ring, False, True)
-    torch.library.opcheck(torch.ops.fastssl.info_nce_native.default, arguments)
+    torch.library.opcheck(op("info_nce", backend), arguments)
     frozen = {name: t if t is None else t.detach() for name, t in tensors.items()}
-    torch.library.opcheck(torch.ops.fastssl.info_nce_native.default, (*frozen.values(), 0.3, None, *ring, True, False))
-    lse = call("info_nce", "native", *frozen.values(), 0.3, None, *ring, False, False)[1]
+    torch.library.opcheck(op("info_nce", backend), (*frozen.values(), 0.3, None, *ring, True, False))
+    lse = call("info_nce", backend, *frozen.values(), 0.3, None, *ring, False, False)[1]
     negatives = frozen["positive_key" if mode is None else "negative_keys"]
     torch.library.opcheck(
-        torch.ops.fastssl.info_nce_negatives_native.default,
+        op("info_nce_negatives", backend),
         (torch.ones(6), lse, frozen["query"], negatives, 0.3, None, *ring, False, mode is None),
     )
 
 
-def test_opcheck_normalized_mse() -> None:
+def test_opcheck_normalized_mse(backend: str) -> None:
     prediction, target = torch.randn(6, 5, requires_grad=True), torch.randn(6, 5)
     for gradients_wanted in (True, False):
         p = prediction if gradients_wanted else prediction.detach()
-        torch.library.opcheck(torch.ops.fastssl.normalized_mse_native.default, (p, target, gradients_wanted))
+        torch.library.opcheck(op("normalized_mse", backend), (p, target, gradients_wanted))
 
 
-def test_without_gradients_nothing_is_computed_for_them() -> None:
+def test_without_gradients_nothing_is_computed_for_them(backend: str) -> None:
     tensors = inputs("unpaired", requires_grad=False)
-    outputs = call("info_nce", "native", *tensors.values(), 0.3, None, None, None, False, False)
+    outputs = call("info_nce", backend, *tensors.values(), 0.3, None, None, None, False, False)
     assert [tuple(x.shape) for x in outputs] == [(6,), (6,), (0,), (0,), (0,)]
-    loss, gradient = call("normalized_mse", "native", tensors["query"], tensors["positive_key"], False)
+    loss, gradient = call("normalized_mse", backend, tensors["query"], tensors["positive_key"], False)
     assert (tuple(loss.shape), tuple(gradient.shape)) == ((6,), (0,))
 
 
@@ -148,7 +163,7 @@ def test_forward_mode_is_refused(which: str) -> None:
 def test_autocast_changes_nothing() -> None:
     for dtype in (torch.float32, torch.bfloat16):
         tensors: Inputs = {k: None if t is None else t.detach().to(dtype) for k, t in inputs("unpaired").items()}
-        with torch.autocast("cpu", torch.bfloat16):
+        with torch.autocast(torch.get_default_device().type, torch.bfloat16):
             inside = loss_of(tensors, "unpaired"), normalized_mse(tensors["query"], tensors["positive_key"])
         assert inside[0].dtype == inside[1].dtype == dtype
         assert torch.equal(inside[0], loss_of(tensors, "unpaired"))

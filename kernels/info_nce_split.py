@@ -1,0 +1,222 @@
+"""One pass of queries over a share of the keys: running maximum, sum and Σ exp(s/T - m)·k̂ for one split and slice."""
+
+from functools import cache
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from fastssl.kernels import config
+from fastssl.kernels.launch import autotuning, chip, launch
+from fastssl.kernels.launch import precision as matmul_precision
+from fastssl.kernels.rows import (
+    FLOOR,
+    LOG2_E,
+    inverse,
+    inverse_temperature,
+    narrow,
+    power_of_two,
+    ring,
+    root,
+    squares,
+    widen,
+)
+from torch import Tensor
+
+
+@triton.jit(do_not_specialize=["rows", "columns"])
+def info_nce_split(
+    query: tl.tensor,  # rows×DIM
+    keys: tl.tensor,  # columns×DIM
+    temperature: tl.tensor,
+    temperature_tensor: tl.tensor,
+    first: tl.tensor,
+    count: tl.tensor,
+    maxima: tl.tensor,  # splits×rows, of logits/T in base 2
+    sums: tl.tensor,  # splits×rows
+    accumulators: tl.tensor,  # splits×rows×DIM
+    rows: tl.tensor,
+    columns: tl.tensor,
+    key_stride: tl.tensor,
+    dim_stride: tl.tensor,
+    DIM: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK_COLUMNS: tl.constexpr,
+    BLOCK_DIM: tl.constexpr,  # of the accumulator
+    BLOCK_PRODUCT: tl.constexpr,  # columns of q·k at once, if IN_PARTS
+    IN_PARTS: tl.constexpr,
+    NORMALIZED: tl.constexpr,
+    EXCLUDE_DIAGONAL: tl.constexpr,
+    GRADIENTS: tl.constexpr,
+    WIDE: tl.constexpr,  # products in float32
+    WIDE_VALUES: tl.constexpr,  # the second product at least
+    HEADROOM: tl.constexpr,  # p may reach 2 to this: float16 keeps digits of small ones so
+    PRECISION: tl.constexpr,
+) -> None:
+    """One block of queries against one split of the keys."""
+    row = tl.program_id(0) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
+    split, splits = tl.program_id(1).to(tl.int64), tl.num_programs(1)
+    dims = tl.program_id(2) * BLOCK_DIM + tl.arange(0, BLOCK_DIM)
+    to_base_2 = inverse_temperature(temperature, temperature_tensor) * LOG2_E
+    start, valid = ring(first, count, columns)
+    tiles = tl.cdiv(valid, BLOCK_COLUMNS)
+    query_row = query + row.to(tl.int64)[:, None] * DIM
+    live = (row < rows)[:, None]
+
+    # Raw rows are multiplied, for q̂ rounded to half would be off; norms come in afterwards, in float32.
+    if IN_PARTS:
+        parts = tl.arange(0, BLOCK_PRODUCT)
+        plain = tl.zeros((BLOCK_ROWS,), tl.float32)
+        scaled = tl.zeros((BLOCK_ROWS,), tl.float32)
+        for at in range(0, DIM, BLOCK_PRODUCT):
+            q = tl.load(query_row + (at + parts)[None, :], mask=live & (at + parts < DIM)[None, :], other=0)
+            more_plain, more_scaled = squares(q, 1)
+            plain += more_plain
+            scaled += more_scaled
+        norms = root(plain, scaled)
+    else:
+        q = tl.load(query_row + dims[None, :], mask=live & (dims < DIM)[None, :], other=0).to(tl.float32)
+        plain, scaled = squares(q, 1)
+        norms = root(plain, scaled)
+        q = narrow(q * power_of_two(norms)[:, None], tl.float32 if WIDE else query.dtype.element_ty)
+    scale = power_of_two(norms)
+    row_factor = inverse(norms) / scale * to_base_2
+
+    maximum = tl.full((BLOCK_ROWS,), FLOOR, tl.float32)
+    total = tl.zeros((BLOCK_ROWS,), tl.float32)
+    accumulator = tl.zeros((BLOCK_ROWS, BLOCK_DIM), tl.float32)
+    for tile in range((split * tiles // splits).to(tl.int32), ((split + 1) * tiles // splits).to(tl.int32)):
+        position = tl.arange(0, BLOCK_COLUMNS).to(tl.int64) + tile * BLOCK_COLUMNS
+        inside = position < valid
+        column = position
+        if first is not None:
+            column = start + position
+            column = tl.where(column >= columns, column - columns, column)
+        key_row = keys + (column * key_stride)[:, None]
+        if IN_PARTS:
+            logits = tl.zeros((BLOCK_ROWS, BLOCK_COLUMNS), tl.float32)
+            key_plain = tl.zeros((BLOCK_COLUMNS,), tl.float32)
+            key_scaled = tl.zeros((BLOCK_COLUMNS,), tl.float32)
+            for at in range(0, DIM, BLOCK_PRODUCT):
+                part = at + parts
+                q = tl.load(query_row + part[None, :], mask=live & (part < DIM)[None, :], other=0).to(tl.float32)
+                q = narrow(q * scale[:, None], tl.float32 if WIDE else query.dtype.element_ty)
+                k = tl.load(
+                    key_row + (part.to(tl.int64) * dim_stride)[None, :],
+                    mask=inside[:, None] & (part < DIM)[None, :],
+                    other=0,
+                )
+                k = widen(k, WIDE)
+                logits = tl.dot(q, tl.trans(k), logits, input_precision=PRECISION)
+                if not NORMALIZED:
+                    more_plain, more_scaled = squares(k, 1)
+                    key_plain += more_plain
+                    key_scaled += more_scaled
+        k = tl.load(
+            key_row + (dims.to(tl.int64) * dim_stride)[None, :],
+            mask=inside[:, None] & (dims < DIM)[None, :],
+            other=0,
+        )
+        k = widen(k, WIDE)
+        if not IN_PARTS:
+            logits = tl.dot(q, tl.trans(k), input_precision=PRECISION)
+            if not NORMALIZED:
+                key_plain, key_scaled = squares(k, 1)
+        logits *= row_factor[:, None]
+        if not NORMALIZED:
+            column_factor = inverse(root(key_plain, key_scaled))
+            logits *= column_factor[None, :]
+        counted = inside[None, :]
+        if EXCLUDE_DIAGONAL:
+            counted = counted & (row[:, None] != column[None, :])
+        logits = tl.where(counted, logits, -float("inf"))
+        higher = tl.maximum(maximum, tl.max(logits, 1) - HEADROOM)
+        p = tl.exp2(logits - higher[:, None])
+        decay = tl.exp2(maximum - higher)
+        total = total * decay + tl.sum(p, 1)
+        maximum = higher
+        if GRADIENTS:
+            if not NORMALIZED:
+                p *= column_factor[None, :]
+            k = widen(k, WIDE_VALUES)
+            p = narrow(p, tl.float32 if WIDE_VALUES else keys.dtype.element_ty)
+            accumulator = tl.dot(p, k, accumulator * decay[:, None], input_precision=PRECISION)
+
+    at_row = split * rows + row
+    if tl.program_id(2) == 0:
+        tl.store(maxima + at_row, maximum, mask=row < rows)
+        tl.store(sums + at_row, total, mask=row < rows)
+    if GRADIENTS:
+        place = accumulators + at_row[:, None] * DIM + dims[None, :]
+        tl.store(place, accumulator, mask=live & (dims < DIM)[None, :])
+
+
+@cache
+def tuned(where: config.Chip, tile: config.Tile) -> Any:
+    """The kernel that tries the candidates at its first call of each shape, and then keeps the fastest."""
+    tries = [
+        triton.Config({"BLOCK_ROWS": t.rows, "BLOCK_COLUMNS": t.columns}, num_warps=t.warps, num_stages=t.stages)
+        for t in config.candidates(where, tile)
+    ]
+    return triton.autotune(tries, key=["rows", "columns", "DIM", "NORMALIZED", "GRADIENTS"])(info_nce_split)
+
+
+def split_pass(
+    query: Tensor,
+    keys: Tensor,
+    temperature: float,
+    temperature_tensor: Tensor | None,
+    first: Tensor | None,
+    count: Tensor | None,
+    normalized: bool,
+    exclude_diagonal: bool,
+    gradients: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Maxima and sums (splits×N) and accumulators (splits×N×D) of contiguous queries over all keys (M×D)."""
+    (n, dim), m = query.shape, len(keys)
+    wide = query.dtype == torch.float32
+    wide_values = wide or (keys.dtype == torch.float16 and not normalized)
+    precision = matmul_precision() if wide else "tf32"
+    where = chip(query.device)
+    tile = config.split_tile(where, dim, precision if wide else "half", normalized)
+    row_blocks = triton.cdiv(n, tile.rows)
+    slices = triton.cdiv(dim, tile.dim)
+    splits = config.splits(where, row_blocks * slices, m, tile)
+    maxima, sums = query.new_empty(2, splits, n, dtype=torch.float32)
+    accumulators = query.new_empty(splits, n if gradients else 0, dim, dtype=torch.float32)
+    kernel, blocks = info_nce_split, {"BLOCK_ROWS": tile.rows, "BLOCK_COLUMNS": tile.columns}
+    if autotuning():
+        kernel, blocks = tuned(where, tile), {}
+    launch(
+        kernel,
+        lambda meta: (triton.cdiv(n, meta["BLOCK_ROWS"]), splits, slices if gradients else 1),
+        tile.warps,
+        tile.stages,
+        query,
+        query=query,
+        keys=keys,
+        temperature=temperature,
+        temperature_tensor=temperature_tensor,
+        first=first,
+        count=count,
+        maxima=maxima,
+        sums=sums,
+        accumulators=accumulators,
+        rows=n,
+        columns=m,
+        key_stride=keys.stride(0),
+        dim_stride=keys.stride(1),
+        DIM=dim,
+        BLOCK_DIM=tile.dim,
+        BLOCK_PRODUCT=tile.product,
+        IN_PARTS=tile.product < config.block(dim),
+        NORMALIZED=normalized,
+        EXCLUDE_DIAGONAL=exclude_diagonal,
+        GRADIENTS=gradients,
+        WIDE=wide,
+        WIDE_VALUES=wide_values,
+        HEADROOM=14 if keys.dtype == torch.float16 and not wide_values else 0,
+        PRECISION=precision,
+        **blocks,
+    )
+    return maxima, sums, accumulators

@@ -1,0 +1,120 @@
+"""Device helpers that the kernels share: norms of rows, the valid rows of a ring, the temperature, softplus."""
+
+import triton
+import triton.language as tl
+from fastssl.kernels import interpreted
+
+# The interpreter miscalculates in bfloat16 (casts are exact), so there every tile is widened when it is loaded.
+INTERPRETED = tl.constexpr(interpreted())
+LOG2_E = tl.constexpr(1.4426950408889634)
+LN_2 = tl.constexpr(0.6931471805599453)
+EPS = tl.constexpr(1e-12)  # of F.normalize
+FLOOR = tl.constexpr(-1e30)  # a maximum over nothing: below every logit, and FLOOR - FLOOR is 0, not NaN
+HUGE = tl.constexpr(1e30)
+DOWN = tl.constexpr(2.0**-66)
+UP = tl.constexpr(2.0**66)
+
+
+@triton.jit
+def widen(x: tl.tensor, WIDEN: tl.constexpr) -> tl.tensor:
+    """`x` in float32 if asked for or interpreted, else as it is."""
+    if WIDEN or INTERPRETED:
+        x = x.to(tl.float32)
+    return x
+
+
+@triton.jit
+def narrow(x: tl.tensor, dtype: tl.constexpr) -> tl.tensor:
+    """`x` rounded to `dtype`, the type of the matrix product's other side."""
+    x = x.to(dtype)
+    if INTERPRETED:
+        x = x.to(tl.float32)
+    return x
+
+
+@triton.jit
+def squares(x: tl.tensor, axis: tl.constexpr) -> tl.tensor:
+    """Two sums of squares, as they are and scaled down: one of them does not overflow."""
+    x = x.to(tl.float32)
+    small = x * DOWN
+    return tl.sum(x * x, axis), tl.sum(small * small, axis)
+
+
+@triton.jit
+def root(plain: tl.tensor, scaled: tl.tensor) -> tl.tensor:
+    """The norm that belongs to the two sums of `squares`."""
+    return tl.where(plain < HUGE, tl.sqrt(plain), tl.sqrt(scaled) * UP)
+
+
+@triton.jit
+def norm(x: tl.tensor, axis: tl.constexpr) -> tl.tensor:
+    """Norms along `axis`, right also where squares overflow."""
+    plain, scaled = squares(x, axis)
+    return root(plain, scaled)
+
+
+@triton.jit
+def inverse(norms: tl.tensor) -> tl.tensor:
+    """What F.normalize multiplies with."""
+    return 1.0 / tl.maximum(norms, EPS)
+
+
+@triton.jit
+def power_of_two(norms: tl.tensor) -> tl.tensor:
+    """The power of two p with 1 ≤ p·norm < 2 (norm at least eps).
+
+    Rows scaled by it keep every bit, in half precision too, and the product with another row does not overflow.
+    """
+    exponent = tl.maximum(norms, EPS).to(tl.int32, bitcast=True) & 0x7F800000
+    return (0x7F000000 - exponent).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def through_norm(gradient: tl.tensor, unit: tl.tensor, along: tl.tensor, norms: tl.tensor) -> tl.tensor:
+    """The gradient of a row from that of its direction `unit`; `along` is their product gradient·unit."""
+    tangent = (gradient - along * unit) / tl.maximum(norms, EPS)
+    return tl.where(norms > EPS, tangent, gradient / EPS)
+
+
+@triton.jit
+def inverse_temperature(temperature: tl.tensor, temperature_tensor: tl.tensor) -> tl.tensor:
+    """1/T, from the device if there is a tensor."""
+    if temperature_tensor is not None:
+        temperature = tl.load(temperature_tensor).to(tl.float32)
+    return 1.0 / temperature
+
+
+@triton.jit
+def ring(first: tl.tensor, count: tl.tensor, capacity: tl.tensor) -> tl.tensor:
+    """Where the valid rows of a ring begin, in 0…capacity-1, and how many there are; `first` may be any integer."""
+    size = capacity.to(tl.int64)
+    start = size * 0
+    valid = size
+    if first is not None:
+        start = tl.load(first).to(tl.int64) % tl.maximum(size, 1)
+        start = tl.where(start < 0, start + size, start)  # the device's remainder has the sign of `first`
+        valid = tl.minimum(tl.maximum(tl.load(count).to(tl.int64), 0), size)
+    return start, valid
+
+
+@triton.jit
+def log1p(y: tl.tensor) -> tl.tensor:
+    """log(1+y) for 0 ≤ y ≤ 1, to the last digits of a small y too: 2·artanh(y/(2+y)) as a series."""
+    z = y / (2.0 + y)
+    w = z * z
+    series = 1.0 / 17
+    series = series * w + 1.0 / 15
+    series = series * w + 1.0 / 13
+    series = series * w + 1.0 / 11
+    series = series * w + 1.0 / 9
+    series = series * w + 1.0 / 7
+    series = series * w + 1.0 / 5
+    series = series * w + 1.0 / 3
+    return 2.0 * z * (series * w + 1.0)
+
+
+@triton.jit
+def softplus_and_sigmoid(x: tl.tensor) -> tl.tensor:
+    """log(1+eˣ) and its derivative; both are 0 at -∞."""
+    small = tl.exp(-tl.abs(x))
+    return tl.maximum(x, 0.0) + log1p(small), tl.where(x >= 0, 1.0, small) / (1.0 + small)
