@@ -150,10 +150,12 @@ def _fake(
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     query, positive_key, negative_keys, temperature, tensor, first, count, normalized, _ = inputs
     _, lse, dquery, dpositive, dtemperature = output
+    ctx.in_batch, ctx.temperature, ctx.normalized = negative_keys is None, temperature, normalized
+    if not ctx.needs_input_grad[2]:  # then backward does not need them, and a queue may move on before it
+        negative_keys = first = count = None
     ctx.save_for_backward(
         query, positive_key, negative_keys, tensor, first, count, lse, dquery, dpositive, dtemperature
     )
-    ctx.temperature, ctx.normalized = temperature, normalized
     ctx.mark_non_differentiable(lse, dquery, dpositive, dtemperature)
     ctx.set_materialize_grads(False)
 
@@ -169,7 +171,7 @@ def _backward(name: str) -> Any:
             inputs = [x for x in (query, positive_key, negative_keys, tensor) if x is not None]
             if needs_query:
                 query_grad = library.scale_rows(grad, dquery, query.dtype, inputs)  # N×D
-            if needs_positive and negative_keys is not None:
+            if needs_positive and not ctx.in_batch:
                 positive_grad = library.scale_rows(grad, dpositive, positive_key.dtype, inputs)  # N×D
             elif needs_positive:  # in-batch, a key is also a negative of all other queries
                 as_negative = library.call(

@@ -121,6 +121,17 @@ def test_backward_twice_and_checkpointing(mode: str | None) -> None:
             assert torch.equal(leaf.grad, expected)
 
 
+def test_a_queue_may_move_on_before_backward() -> None:
+    """Frozen negatives are done with when forward returns."""
+    tensors = inputs("unpaired")
+    queue, first = tensors["negative_keys"].detach(), torch.tensor(2)
+    loss = info_nce(tensors["query"], tensors["positive_key"], queue, valid=(first, torch.tensor(5)))
+    expected = torch.autograd.grad(loss, tensors["query"], retain_graph=True)[0]
+    queue.zero_()
+    first.add_(1)
+    assert torch.equal(torch.autograd.grad(loss, tensors["query"])[0], expected)
+
+
 @pytest.mark.parametrize("mode", MODES)
 def test_second_derivative_is_refused(mode: str | None) -> None:
     tensors = inputs(mode)

@@ -7,6 +7,7 @@
 #include <c10/util/irange.h>
 
 #include <algorithm>
+#include <atomic>
 #include <cmath>
 #include <limits>
 #include <vector>
@@ -206,16 +207,24 @@ Outputs combine(const Partials& partials, const UnitRows& query, const UnitRows&
   return out;
 }
 
+// Calls work(item) for every item, each on whichever thread is free: a thread that shares its core does not hold up the
+// others.
+template <typename Work>
+void over_items(int64_t items, const Work& work) {
+  std::atomic<int64_t> next{0};
+  at::parallel_for(0, std::min<int64_t>(items, at::get_num_threads()), 1, [&](int64_t, int64_t) {
+    const at::AutoDispatchBelowADInplaceOrView plain_arithmetic;
+    for (int64_t item = next++; item < items; item = next++) work(item);
+  });
+}
+
 // Cuts `count` keys into splits of whole tiles and calls work(block, split, begin, end) for each, on any thread.
 template <typename Work>
 void over_splits(int64_t blocks, int64_t splits, int64_t count, int64_t tile, const Work& work) {
   const int64_t length = divide_up(divide_up(count, tile), splits) * tile;
-  at::parallel_for(0, blocks * splits, 1, [&](int64_t begin, int64_t end) {
-    const at::AutoDispatchBelowADInplaceOrView plain_arithmetic;
-    for (const auto item : irange(begin, end)) {
-      const int64_t split = item / blocks, from = std::min(split * length, count);
-      work(item % blocks, split, from, std::min(from + length, count));
-    }
+  over_items(blocks * splits, [&](int64_t item) {
+    const int64_t split = item / blocks, from = std::min(split * length, count);
+    work(item % blocks, split, from, std::min(from + length, count));
   });
 }
 
@@ -326,13 +335,12 @@ void unpaired_negatives(const UnitRows& query, const Queries& queries, const std
                         const std::vector<float>& weight, const Keys& keys, bool exclude_diagonal,
                         const Tensor& gradient) {
   const int64_t d = query.d, wide = query.stride, tile = keys_of_tile(d);
-  at::parallel_for(0, divide_up(keys.count(), tile), 1, [&](int64_t begin, int64_t end) {
-    const at::AutoDispatchBelowADInplaceOrView plain_arithmetic;
+  over_items(divide_up(keys.count(), tile), [&](int64_t item) {
     const Tensor scratch = floats({tile, d}), tile_logits = floats({tile, kPanel}), sums = floats({tile, wide});
     std::vector<Length> lengths(tile);
-    const int64_t last = std::min(end * tile, keys.count());
-    for (int64_t l = begin * tile, rows = 0; l < last; l += rows) {
-      rows = keys.together(l, std::min(tile - l % tile, last - l));
+    const int64_t last = std::min((item + 1) * tile, keys.count());
+    for (int64_t l = item * tile, rows = 0; l < last; l += rows) {
+      rows = keys.together(l, last - l);
       const Tile<float> k = keys.load(l, rows, data(scratch), lengths.data());
       for (const auto p : irange(queries.panels)) {
         float* const logits = data(tile_logits);
