@@ -2,15 +2,20 @@
 
 import copy
 import math
+from collections.abc import Callable
+from contextlib import nullcontext
 
 import pytest
 import torch
 from torch import Tensor, nn
 
+from fastssl import _extension
 from fastssl.errors import FastsslError
-from fastssl.methods import BYOL
+from fastssl.methods import BYOL, MoCo
+from fastssl.ops import backend, use_backend
 
 from .test_moco import LR, STEPS, Tiny, train, views
+from .test_moco import make as make_moco
 
 TAU = 0.9
 
@@ -52,6 +57,21 @@ def test_twenty_steps_equal_the_equations() -> None:
     for ours, theirs in ((method.online, online), (method.target, target), (method.predictor, predictor)):
         for p, other in zip(ours.parameters(), theirs.parameters(), strict=True):
             assert (p - other).abs().max() < 1e-10
+
+
+@pytest.mark.skipif(_extension.missing() is not None, reason="the extension is missing")
+@pytest.mark.parametrize("make_method", [make, make_moco], ids=["byol", "moco"])
+def test_the_fused_kernels_train_as_the_reference(make_method: Callable[[], BYOL | MoCo]) -> None:
+    """In float32, where the kernels run; in float64 the tests above never leave the reference."""
+    runs = []
+    for name in (None, "reference"):
+        method = make_method().float()
+        with use_backend(name) if name else nullcontext():
+            assert backend.choose("info_nce", torch.device("cpu"), torch.float32) == (name or "native")
+            losses = train(method, [(v.float(), w.float()) for v, w in views()], momentum=0.0)
+        runs.append([torch.tensor(losses), *method.parameters()])
+    for ours, theirs in zip(*runs, strict=True):
+        assert torch.allclose(ours, theirs, atol=1e-5)
 
 
 def test_momentum_rises_from_base_to_one() -> None:

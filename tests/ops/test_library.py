@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.utils.checkpoint import checkpoint
 
+from fastssl import _extension
 from fastssl.ops import info_nce, normalized_mse, use_backend
 from fastssl.ops.library import call
 
@@ -22,6 +23,8 @@ DEVICE = {"native": "cpu", "triton": "cuda" if CUDA else "cpu"}
 @pytest.fixture(params=DEVICE, autouse=True)
 def backend(request: pytest.FixtureRequest) -> Iterator[str]:
     """Every test runs on each fused backend, its inputs on that backend's device."""
+    if request.param == "native" and (why := _extension.missing()):
+        pytest.skip(why)
     torch.compiler.reset()
     with use_backend(request.param), torch.device(DEVICE[request.param]):
         yield request.param
