@@ -1,4 +1,4 @@
-"""BYOL's 2 − 2·cos per row with its gradient: one program a row reads both once."""
+"""BYOL's ‖p̂ − ẑ‖² = 2 − 2·cos per row with its gradient: one program a row reads both once."""
 
 import torch
 import triton
@@ -27,10 +27,11 @@ def normalized_mse(
     at = row * DIM + dims
     p, p_norm = unit_row(tl.load(prediction + at, mask=mask, other=0).to(tl.float32))
     z, _ = unit_row(tl.load(target + at, mask=mask, other=0).to(tl.float32))
-    cosine = tl.sum(p * z, 0)
-    tl.store(loss + row, 2.0 - 2.0 * cosine)
+    difference = p - z  # 2 - 2·cos would cancel near 0
+    tl.store(loss + row, tl.sum(difference * difference, 0))
     if GRADIENTS:
-        tl.store(gradient + at, -2.0 * through_norm(z, p, cosine, p_norm), mask=mask)
+        along = tl.sum(difference * p, 0)
+        tl.store(gradient + at, 2.0 * through_norm(difference, p, along, p_norm), mask=mask)
 
 
 def forward(prediction: Tensor, target: Tensor, gradients: bool) -> tuple[Tensor, Tensor]:

@@ -87,7 +87,7 @@ def only_reference(op: str, why: str) -> Callable[..., Any]:
     """
     name = requested()
     if name not in (None, "reference"):
-        raise FastsslError(f"backend '{name}' of {op} cannot run: {why}; 'reference' can")
+        raise FastsslError(f"backend '{name}' of {op} cannot run: {why}; with use_backend(\"reference\") it can")
     return _implementations[op]["reference"].function
 
 

@@ -5,11 +5,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastssl.errors import FastsslError
-from fastssl.ops import backend, library, reference
+from fastssl.ops import backend, info_nce_inputs, library, reference
 from fastssl.ops.reference import Valid
-
-HALF = (torch.float16, torch.bfloat16)
 
 
 def info_nce(
@@ -26,19 +23,24 @@ def info_nce(
     """InfoNCE (van den Oord et al., arXiv:1807.03748, eq. 4), as in MoCo (arXiv:1911.05722, eq. 1).
 
     For every row, with q̂ = q/‖q‖ and likewise for keys,
-    ``loss = -log( exp(q̂·k̂⁺/T) / (exp(q̂·k̂⁺/T) + Σⱼ exp(q̂·k̂ⱼ/T)) )``: K negatives and the positive, K+1 terms.
+    ``loss = -log( exp(q̂·k̂⁺/T) / (exp(q̂·k̂⁺/T) + Σⱼ exp(q̂·k̂ⱼ/T)) )``: M negatives and the positive, M+1 terms.
+
+    One pass over the negatives gives the loss and all gradients (docs/info_nce.md). float64, functorch transforms
+    (`torch.func`) and temperatures of several elements are computed in plain PyTorch, with N×M logits.
 
     Args:
-        query: N×D.
-        positive_key: N×D; row i belongs to query i.
+        query: N×D, of a floating dtype; half inputs are computed in float32.
+        positive_key: N×D of the same dtype; row i belongs to query i.
         negative_keys: M×D shared by all queries ("unpaired"), N×M×D of their own ("paired"), or None: then the
-            positives of the other queries are the negatives.
-        temperature: T, a number above 0 or a tensor; gradient flows to a tensor.
+            positives of the other queries are the negatives. Of the same dtype; a float32 query may have bfloat16 or
+            float16 negatives.
+        temperature: T, a number above 0, or a tensor that can be broadcast to the logits N×(1+M); gradient flows to it.
         reduction: "mean", "sum", or "none" (N losses).
         negative_mode: "unpaired" or "paired".
         negatives_normalized: the negatives have length 1 already (a key queue), so skip it.
-        valid: (first, count), each an int or a 0-d tensor: only the rows first, first+1, … first+count-1 (modulo M)
-            of unpaired negatives count. With count 0, or M = 0, the loss is 0.
+        valid: (first, count), each an int or an integer tensor of one element, which is read on its device: only the
+            rows first, first+1, … first+count-1 (modulo M) of unpaired negatives count. 0 ≤ count ≤ M, to which a
+            tensor is clamped. With count 0, or M = 0, the loss is 0.
 
     Returns:
         The loss, in the dtype of `query`.
@@ -51,8 +53,10 @@ def info_nce(
         >>> query, key, queue = torch.randn(32, 128), torch.randn(32, 128), torch.randn(4096, 128)
         >>> loss = info_nce(query, key, queue, temperature=0.2)
     """
-    _check(query, positive_key, negative_keys, temperature, reduction, negative_mode, valid)
-    if why := _beyond_the_kernels(query, temperature):
+    info_nce_inputs.check(query, positive_key, negative_keys, temperature, reduction, negative_mode, valid)
+    if valid is not None and negative_keys is not None:
+        valid = info_nce_inputs.reduced(valid, negative_keys.shape[0])
+    if why := info_nce_inputs.beyond_the_kernels(query, temperature):
         run = backend.only_reference("info_nce", why)
     else:
         run = backend.implementation("info_nce", query.device, query.dtype)
@@ -63,7 +67,12 @@ def info_nce(
 
 
 class InfoNCE(nn.Module):
-    """`info_nce` as a module; the arguments of `forward` and their shapes are the function's.
+    """`info_nce` as a module, with the package's arguments; a queue's `valid` needs the function.
+
+    Args:
+        temperature: as in `info_nce`.
+        reduction: as in `info_nce`.
+        negative_mode: as in `info_nce`.
 
     Example:
         >>> loss = InfoNCE(temperature=0.2)(torch.randn(32, 128), torch.randn(32, 128))
@@ -95,13 +104,16 @@ def _fused(
 ) -> Tensor:
     """The loss from the kernels of the backend `name`: one pass over the negatives gives it and its gradients."""
     library.refuse_forward_mode("info_nce", query, positive_key, negative_keys)
-    number, tensor = 0.0, None
+    number: Any = 0.0
+    tensor = None
     if isinstance(temperature, Tensor):
         library.refuse_forward_mode("info_nce", temperature)
         tensor = temperature.to(query.device)
     else:
-        number = float(temperature)
-    first, count = (None, None) if valid is None else (_index(value, query.device) for value in valid)
+        number = temperature
+        if not isinstance(number, torch.SymFloat):
+            number = float(number)
+    first, count = (None, None) if valid is None else (_on(query.device, value) for value in valid)
     differentiable = (query, positive_key) if tensor is None else (query, positive_key, tensor)
     gradients = torch.is_grad_enabled() and any(t.requires_grad for t in differentiable)
     losses: Tensor = library.call(
@@ -124,8 +136,8 @@ def _fused(
     return losses.to(query.dtype)
 
 
-def _index(value: int | Tensor, device: torch.device) -> Tensor:
-    """A 0-d tensor on the device, filled there: no synchronisation."""
+def _on(device: torch.device, value: int | Tensor) -> Tensor:
+    """A 0-d tensor on the device; an int is filled in there, without synchronisation."""
     if isinstance(value, Tensor):
         return value.to(device).reshape(())
     return torch.full((), value, dtype=torch.int64, device=device)
@@ -148,9 +160,10 @@ def _fake(
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    query, positive_key, negative_keys, temperature, tensor, first, count, normalized, _ = inputs
+    query, positive_key, negative_keys, temperature, tensor, first, count, normalized, gradients = inputs
     _, lse, dquery, dpositive, dtemperature = output
     ctx.in_batch, ctx.temperature, ctx.normalized = negative_keys is None, temperature, normalized
+    ctx.gradients = gradients
     if not ctx.needs_input_grad[2]:  # then backward does not need them, and a queue may move on before it
         negative_keys = first = count = None
     ctx.save_for_backward(
@@ -166,6 +179,8 @@ def _backward(name: str) -> Any:
             ctx.saved_tensors
         )
         needs_query, needs_positive, needs_negatives, _, needs_temperature, *_ = ctx.needs_input_grad
+        if not ctx.gradients and (needs_query or needs_positive or needs_temperature):
+            raise library.captured_without_gradients("info_nce")
         query_grad = positive_grad = negatives_grad = temperature_grad = None
         if grad is not None:
             inputs = [x for x in (query, positive_key, negative_keys, tensor) if x is not None]
@@ -230,87 +245,3 @@ library.define(
 for _name, _implementation in library.implementations(_fused).items():
     backend.register("info_nce", _name, _implementation)
 backend.register("info_nce", "reference", backend.Implementation(reference.info_nce))
-
-
-def _beyond_the_kernels(query: Tensor, temperature: float | Tensor) -> str | None:
-    """Why only plain PyTorch computes this, or None."""
-    if query.shape[1] == 0:
-        return "the vectors have no components"
-    if isinstance(temperature, Tensor):
-        if temperature.numel() != 1:
-            return f"temperature has {temperature.numel()} elements"
-        if temperature.dim() > 0 and temperature.dtype != query.dtype:
-            return f"temperature is {temperature.dtype} and not a scalar, which may widen the loss"
-    return None
-
-
-def _check(
-    query: Tensor,
-    positive_key: Tensor,
-    negative_keys: Tensor | None,
-    temperature: float | Tensor,
-    reduction: str,
-    negative_mode: str,
-    valid: Valid | None,
-) -> None:
-    if reduction not in ("mean", "sum", "none"):
-        raise FastsslError(f"reduction must be 'mean', 'sum' or 'none', got {reduction!r}")
-    if negative_mode not in ("unpaired", "paired"):
-        raise FastsslError(f"negative_mode must be 'unpaired' or 'paired', got {negative_mode!r}")
-    if not isinstance(temperature, (int, float, Tensor)) or (
-        not isinstance(temperature, Tensor) and not temperature > 0
-    ):
-        raise FastsslError(f"temperature must be a number above 0 or a tensor, got {temperature!r}")
-    if not query.is_floating_point():
-        raise FastsslError(f"<query> must be of a floating dtype, got {query.dtype}")
-    if query.dim() != 2:
-        raise FastsslError(f"<query> must have 2 dimensions, got shape {tuple(query.shape)}")
-    if positive_key.dim() != 2:
-        raise FastsslError(f"<positive_key> must have 2 dimensions, got shape {tuple(positive_key.shape)}")
-    if len(query) != len(positive_key):
-        raise FastsslError(f"<query> has {len(query)} rows, <positive_key> {len(positive_key)}: give one key a query")
-    if query.shape[-1] != positive_key.shape[-1]:
-        raise FastsslError(f"<query> has {query.shape[-1]} components and <positive_key> {positive_key.shape[-1]}")
-    if query.dtype != positive_key.dtype:
-        raise FastsslError(f"<query> is {query.dtype}, <positive_key> {positive_key.dtype}: give both the same dtype")
-    if negative_keys is not None:
-        _check_negatives(query, negative_keys, negative_mode)
-    if isinstance(temperature, Tensor):
-        _check_temperature(query, negative_keys, temperature)
-    if valid is not None:
-        _check_valid(negative_keys, negative_mode, valid)
-
-
-def _check_negatives(query: Tensor, negative_keys: Tensor, negative_mode: str) -> None:
-    dimensions = 2 if negative_mode == "unpaired" else 3
-    if negative_keys.dim() != dimensions:
-        shape = tuple(negative_keys.shape)
-        raise FastsslError(f"{negative_mode} <negative_keys> must have {dimensions} dimensions, got shape {shape}")
-    if negative_mode == "paired" and len(negative_keys) != len(query):
-        raise FastsslError(f"paired <negative_keys> has {len(negative_keys)} rows for {len(query)} queries")
-    if negative_keys.shape[-1] != query.shape[-1]:
-        raise FastsslError(f"<query> has {query.shape[-1]} components and <negative_keys> {negative_keys.shape[-1]}")
-    half_queue = query.dtype == torch.float32 and negative_keys.dtype in HALF
-    if negative_keys.dtype != query.dtype and not half_queue:
-        raise FastsslError(
-            f"<query> is {query.dtype} and <negative_keys> {negative_keys.dtype}: give both the same dtype "
-            "(only a float32 query may have bfloat16 or float16 negatives)"
-        )
-
-
-def _check_temperature(query: Tensor, negative_keys: Tensor | None, temperature: Tensor) -> None:
-    columns = len(query) if negative_keys is None else 1 + negative_keys.shape[-2]
-    shape = (len(query), columns)  # of the logits
-    sizes = temperature.shape
-    if len(sizes) > 2 or any(size not in (1, full) for size, full in zip(sizes[::-1], shape[::-1], strict=False)):
-        raise FastsslError(f"temperature of shape {tuple(sizes)} cannot be broadcast to the logits' shape {shape}")
-
-
-def _check_valid(negative_keys: Tensor | None, negative_mode: str, valid: Valid) -> None:
-    if negative_keys is None or negative_mode == "paired":
-        raise FastsslError("valid=(first, count) needs unpaired <negative_keys>")
-    if not isinstance(valid, tuple) or len(valid) != 2 or not all(isinstance(v, (int, Tensor)) for v in valid):
-        raise FastsslError(f"valid must be the pair (first, count) of ints or 0-d tensors, got {valid!r}")
-    count = valid[1]
-    if isinstance(count, int) and not 0 <= count <= len(negative_keys):
-        raise FastsslError(f"valid: count must lie in 0…{len(negative_keys)}, got {count}")

@@ -52,6 +52,8 @@ def define(
         torch.library.register_fake(f"fastssl::{op}", fake, lib=LIBRARY)
         formula = _refuse_second_derivative if backward is None else backward(backend)
         torch.library.register_autograd(f"fastssl::{op}", formula, setup_context=setup_context, lib=LIBRARY)
+        if backward is None:
+            torch.library.register_vmap(f"fastssl::{op}", one_by_one(getattr(torch.ops.fastssl, op)), lib=LIBRARY)
     for key in ("CUDA", "CPU") if interpreted() else ("CUDA",):
         LIBRARY.impl(f"{name}_triton", launch, key)
 
@@ -74,6 +76,19 @@ def call(name: str, backend: str, *arguments: Any) -> Any:
     return getattr(torch.ops.fastssl, f"{name}_{backend}")(*arguments)
 
 
+def functorch() -> bool:
+    """Whether a transform of torch.func is active: the fused ops have no rules for them."""
+    return not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()
+
+
+def captured_without_gradients(op: str) -> FastsslError:
+    """The error of a backward whose forward was told that nobody asks for gradients."""
+    return FastsslError(
+        f"{op}: this graph was captured (exported, traced) when no input asked for a gradient, so the kernels computed "
+        "none; capture it again with inputs that require one"
+    )
+
+
 def refuse_forward_mode(op: str, *tensors: Tensor | None) -> None:
     """Raise when a tangent would get lost: the fused kernels know reverse mode only."""
     if torch.compiler.is_compiling():
@@ -91,12 +106,27 @@ def scale_rows(grad: Tensor, rows: Tensor, dtype: torch.dtype, inputs: list[Tens
         dtype: of the result.
         inputs: all that `rows` depend on, so that a second derivative is refused instead of wrong.
     """
+    if not torch.is_grad_enabled():
+        return _scale_rows(grad, rows, dtype, inputs)
     result: Tensor = torch.ops.fastssl.scale_rows(grad, rows, dtype, inputs)
     return result
 
 
 def _scale_rows(grad: Tensor, rows: Tensor, dtype: torch.dtype, inputs: list[Tensor]) -> Tensor:
     return (grad.reshape(-1, *[1] * (rows.dim() - 1)) * rows).to(dtype)
+
+
+def one_by_one(function: Callable[..., Tensor]) -> Callable[..., Any]:
+    """A vmap rule: call `function` for each element of the batch. For backward with batched incoming gradients."""
+
+    def rule(info: Any, in_dims: tuple[int | None, ...], *arguments: Any) -> tuple[Tensor, int]:
+        results = [
+            function(*(x if dim is None else x.select(dim, at) for x, dim in zip(arguments, in_dims, strict=True)))
+            for at in range(info.batch_size)
+        ]
+        return torch.stack(results), 0
+
+    return rule
 
 
 def _refuse_second_derivative(ctx: Any, *grads: Tensor) -> None:

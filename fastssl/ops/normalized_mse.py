@@ -10,17 +10,19 @@ from fastssl.ops import backend, library, reference
 
 
 def normalized_mse(prediction: Tensor, target: Tensor) -> Tensor:
-    """2 - 2·cos(prediction, target) for every row; no gradient flows to `target` (BYOL, arXiv:2006.07733, eq. 2).
+    """‖p̂ - ẑ‖² = 2 - 2·cos(prediction, target) for every row; no gradient flows to `target`.
+
+    With p̂ = p/‖p‖ and likewise ẑ (BYOL, arXiv:2006.07733, eq. 2); half inputs are computed in float32.
 
     Args:
-        prediction: N×D.
+        prediction: N×D, of a floating dtype.
         target: N×D, of the same dtype.
 
     Returns:
         N losses in 0…4.
 
     Raises:
-        ValueError: the shapes or dtypes differ, or there are not two dimensions.
+        ValueError: shapes, dtypes or devices differ, or are none of the above.
 
     Example:
         >>> import torch
@@ -31,7 +33,15 @@ def normalized_mse(prediction: Tensor, target: Tensor) -> Tensor:
         raise FastsslError(f"prediction and target must be N×D of the same shape, got {shapes}")
     if prediction.dtype != target.dtype:
         raise FastsslError(f"prediction is {prediction.dtype} and target {target.dtype}: give both the same dtype")
-    loss: Tensor = backend.implementation("normalized_mse", prediction.device, prediction.dtype)(prediction, target)
+    if not prediction.is_floating_point():
+        raise FastsslError(f"prediction must be of a floating dtype, got {prediction.dtype}")
+    if prediction.device != target.device:
+        raise FastsslError(f"prediction is on {prediction.device} and target on {target.device}")
+    if library.functorch():
+        run = backend.only_reference("normalized_mse", "inside a functorch transform")
+    else:
+        run = backend.implementation("normalized_mse", prediction.device, prediction.dtype)
+    loss: Tensor = run(prediction, target)
     return loss
 
 
@@ -48,7 +58,7 @@ def _fake(prediction: Tensor, target: Tensor, gradients: bool) -> tuple[Tensor, 
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    prediction, target, _ = inputs
+    prediction, target, ctx.gradients = inputs
     _, dprediction = output
     ctx.save_for_backward(prediction, target, dprediction)
     ctx.mark_non_differentiable(dprediction)
@@ -59,6 +69,8 @@ def _backward(ctx: Any, grad: Tensor | None, _: None) -> tuple[Tensor | None, No
     prediction, target, dprediction = ctx.saved_tensors
     if grad is None:
         return None, None, None
+    if not ctx.gradients:
+        raise library.captured_without_gradients("normalized_mse")
     return library.scale_rows(grad, dprediction, prediction.dtype, [prediction, target]), None, None  # N×D
 
 

@@ -25,12 +25,13 @@ def info_nce(
     dtype = query.dtype
     if isinstance(temperature, Tensor) and temperature.dim() > 0:
         dtype = torch.promote_types(dtype, temperature.dtype)
-    with torch.autocast(query.device.type, enabled=False):  # it would round the product's factors to half
+    device = "cpu" if query.is_meta else query.device.type  # which has no autocast
+    with torch.autocast(device, enabled=False):  # it would round the product's factors to half
         query = F.normalize(in_float(query), dim=-1)  # N×D
         positive_key = F.normalize(in_float(positive_key), dim=-1)  # N×D
         if negative_keys is None:
             logits = query @ positive_key.T / temperature  # N×N, positives on the diagonal
-            labels = torch.arange(len(query), device=query.device)
+            labels = torch.arange(query.shape[0], device=query.device)
             return F.cross_entropy(logits, labels, reduction=reduction).to(dtype)
         negative_keys = negative_keys.to(query.dtype)
         if not negatives_normalized:
@@ -42,9 +43,9 @@ def info_nce(
             negative = query @ negative_keys.T  # N×M
         logits = torch.cat([positive, negative], 1) / temperature  # N×(1+M)
         if valid is not None:  # after the division: -inf in it would make a tensor temperature's gradient NaN
-            invalid = ~valid_rows(valid, len(negative_keys), query.device)
+            invalid = ~valid_rows(valid, negative_keys.shape[0], query.device)
             logits = logits.masked_fill(F.pad(invalid, (1, 0)), -torch.inf)
-        labels = torch.zeros(len(query), dtype=torch.long, device=query.device)
+        labels = torch.zeros(query.shape[0], dtype=torch.long, device=query.device)
         return F.cross_entropy(logits, labels, reduction=reduction).to(dtype)
 
 
@@ -56,13 +57,14 @@ def in_float(x: Tensor) -> Tensor:
 def valid_rows(valid: Valid, rows: int, device: torch.device) -> Tensor:
     """A mask of the `count` rows that begin at `first`, wrapping at the end; nothing is read back to the host."""
     first, count = valid
-    return (torch.arange(rows, device=device) - first) % max(rows, 1) < count
+    rows = max(rows, 1)
+    return (torch.arange(rows, device=device) - first % rows) % rows < count
 
 
 def normalized_mse(prediction: Tensor, target: Tensor) -> Tensor:
-    """‖p/‖p‖ − z/‖z‖‖² = 2 − 2·cos(p, z) per row."""
+    """‖p/‖p‖ − z/‖z‖‖² = 2 − 2·cos(p, z) per row, as a sum of squares: never negative, and exact near 0."""
     p, z = F.normalize(in_float(prediction), dim=-1), F.normalize(in_float(target.detach()), dim=-1)
-    return (2 - 2 * (p * z).sum(-1)).to(prediction.dtype)
+    return (p - z).square().sum(-1).to(prediction.dtype)
 
 
 @torch.no_grad()

@@ -1,8 +1,10 @@
 """`info_nce` against a hand-written formula and against the package it stands in for."""
 
 import math
+from fractions import Fraction
 
 import info_nce as package
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -157,6 +159,12 @@ X = torch.zeros(3, 4)
         ((X, X, X), {"valid": (0, -1)}, "-1"),
         ((X, X, X), {"valid": (0, 2.5)}, "2.5"),
         ((X, X, X), {"valid": 5}, "5"),
+        ((X, X, X), {"valid": (True, 2)}, "True"),
+        ((X, X, X), {"valid": (torch.tensor(0.5), 2)}, "integer tensors"),
+        ((X, X, X), {"valid": (torch.tensor([0, 1]), 2)}, "1 element"),
+        ((X, X), {"temperature": 1e-46}, "1e-46"),
+        ((X, X), {"temperature": torch.tensor(1j)}, "complex"),
+        ((X, X), {"temperature": torch.ones(2, 2, 2)}, "broadcast"),
         ((X, X), {"temperature": "warm"}, "'warm'"),
         ((X.long(), X.long()), {}, "floating"),
     ],
@@ -170,3 +178,17 @@ def test_module_is_the_function() -> None:
     query, key, queue = torch.randn(3, 4), torch.randn(3, 4), torch.randn(5, 4)
     module = InfoNCE(temperature=0.2, reduction="sum")
     assert torch.equal(module(query, key, queue), info_nce(query, key, queue, 0.2, "sum"))
+
+
+def test_any_kind_of_number_will_do(generator: torch.Generator) -> None:
+    query, queue = torch.randn(3, 4, generator=generator), torch.randn(6, 4, generator=generator)
+    expected = info_nce(query, query, queue, 0.5, valid=(2**70 % 6, 5))
+    for temperature, first, count in ((np.float32(0.5), 2**70, np.int64(5)), (Fraction(1, 2), 2**70 - 6, 5)):
+        loss = info_nce(query, query, queue, temperature, valid=(first, count))  # type: ignore[arg-type]
+        assert torch.equal(loss, expected)
+
+
+def test_keys_may_be_as_large_as_bfloat16_goes(generator: torch.Generator) -> None:
+    query, queue = (torch.randn(n, 64, generator=generator).clamp(-3, 3) for n in (8, 50))
+    loss = info_nce(query.bfloat16(), query.bfloat16(), (queue * 1e37).bfloat16())
+    assert torch.allclose(loss.float(), info_nce(query, query, queue), rtol=0.02)

@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import pytest
@@ -12,6 +13,7 @@ from torch.utils.checkpoint import checkpoint
 
 from fastssl import _extension
 from fastssl.ops import info_nce, normalized_mse, use_backend
+from fastssl.ops.backend import _forced
 from fastssl.ops.library import call
 
 Inputs = dict[str, Any]  # tensors, or None for in-batch negatives
@@ -28,6 +30,14 @@ def backend(request: pytest.FixtureRequest) -> Iterator[str]:
     torch.compiler.reset()
     with use_backend(request.param), torch.device(DEVICE[request.param]):
         yield request.param
+
+
+@contextmanager
+def free_choice() -> Iterator[None]:
+    """Inside, no backend is asked for."""
+    token = _forced.set(None)
+    yield
+    _forced.reset(token)
 
 
 def op(name: str, backend: str) -> Any:
@@ -223,3 +233,100 @@ def test_compiles_with_inductor() -> None:
     results = [[loss, *torch.autograd.grad(loss, tensors)] for loss in (eager(*tensors), compiled(*tensors))]
     for a, b in zip(*results, strict=True):
         assert torch.allclose(a, b, atol=1e-6)
+
+
+def test_functorch_transforms_go_to_the_reference(backend: str) -> None:
+    q, k, n = (t.detach() for t in inputs("unpaired").values())
+    expected = torch.autograd.grad(info_nce(q.requires_grad_(), k, n), q)[0]
+    with use_backend("native"), pytest.raises(ValueError, match="functorch"):
+        torch.func.grad(lambda x: info_nce(x, k, n))(q.detach())
+    with free_choice():
+        assert torch.allclose(torch.func.grad(lambda x: info_nce(x, k, n))(q.detach()), expected, atol=1e-6)
+        jacobian = torch.func.jacrev(lambda x: normalized_mse(x, k))(q.detach())
+        assert jacobian.shape == (6, 6, 5)
+        temperatures = torch.tensor([0.1, 0.2], requires_grad=True)
+        losses = torch.vmap(lambda t: info_nce(q.detach(), k, n, t))(temperatures)
+        assert (torch.autograd.grad(losses.sum(), temperatures)[0] != 0).all()
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_batched_incoming_gradients(mode: str | None) -> None:
+    tensors = inputs(mode)
+    leaves = [t for t in tensors.values() if t is not None]
+    losses = info_nce(**tensors, reduction="none", negative_mode=mode or "unpaired")
+    batched = torch.autograd.grad(losses, leaves, torch.eye(6), is_grads_batched=True, retain_graph=True)
+    mapped = torch.vmap(lambda weight: torch.autograd.grad(losses, leaves, weight, retain_graph=True))(torch.eye(6))
+    for a, b in zip(batched, mapped, strict=True):
+        assert torch.allclose(a, b, atol=1e-6)
+    for row, weight in enumerate(torch.eye(6)):
+        for all_rows, one in zip(batched, torch.autograd.grad(losses, leaves, weight, retain_graph=True), strict=True):
+            assert torch.allclose(all_rows[row], one, atol=1e-6)
+
+
+class Loss(torch.nn.Module):
+    def forward(self, query: Tensor, positive: Tensor, negatives: Tensor, first: Tensor, count: Tensor) -> Tensor:
+        return info_nce(query, positive, negatives, valid=(first, count)) + normalized_mse(query, positive).mean()
+
+
+@pytest.mark.parametrize("strict", [False, True])
+def test_exports_with_any_batch_and_queue(strict: bool) -> None:
+    n, m = torch.export.Dim("N", min=2), torch.export.Dim("M", min=4)
+    shapes = {"query": {0: n}, "positive": {0: n}, "negatives": {0: m}, "first": None, "count": None}
+    ring = (torch.tensor(2), torch.tensor(5))
+    example = tuple(inputs("unpaired", requires_grad=False).values()) + ring
+    exported = torch.export.export(Loss(), example, dynamic_shapes=shapes, strict=strict).module()
+    other = tuple(inputs("unpaired", n=11, m=30, requires_grad=False).values()) + ring
+    assert torch.allclose(exported(*other), Loss()(*other))
+
+
+def test_a_graph_captured_without_gradients_says_so() -> None:
+    """Instead of gradients of zero, or of the wrong shape."""
+    example = (*inputs("unpaired", requires_grad=False).values(), torch.tensor(0), torch.tensor(9))
+    exported = torch.export.export(Loss(), example).module()
+    with pytest.raises(ValueError, match="captured"):
+        exported(example[0].clone().requires_grad_(), *example[1:]).backward()
+
+
+def test_one_device_for_all() -> None:
+    q, k, n = inputs("unpaired", requires_grad=False).values()
+    meta = {name: t.to("meta") for name, t in (("q", q), ("k", k), ("n", n))}
+    for arguments in ((q, meta["k"], n), (q, k, meta["n"]), (q, k, n, torch.tensor(0.1, device="meta"))):
+        with pytest.raises(ValueError, match="meta"):
+            info_nce(*arguments)
+    with pytest.raises(ValueError, match="meta"):
+        normalized_mse(q, meta["k"])
+    with free_choice():
+        assert info_nce(meta["q"], meta["k"], meta["n"]).is_meta
+
+
+def test_the_native_ops_check_what_they_are_given() -> None:
+    """Exported graphs reach them without the checks of the public functions."""
+    if (why := _extension.missing()) is not None:
+        pytest.skip(why)
+    with torch.device("cpu"):
+        q, k, n, row = torch.randn(6, 5), torch.randn(6, 5), torch.randn(9, 5), torch.randn(6)
+    rest = (0.1, None, None, None, False)
+    for query, positive, negatives, named in (
+        (q[:, :0], k[:, :0], n[:, :0], "D > 0"),
+        (q, k, n[:, :4], "5 components"),
+        (q, k[:1], n, "positive_key"),
+        (q, k.double(), n, "dtype"),
+        (q.double(), k.double(), n.double(), "float32"),
+        (q.bfloat16(), k.bfloat16(), n, "dtype"),
+        (q, k, n[None], "M×D or N×M×D"),
+    ):
+        with pytest.raises(RuntimeError, match=named):
+            call("info_nce", "native", query, positive, negatives, *rest, True)
+    with pytest.raises(RuntimeError, match="6 elements"):
+        call("info_nce_negatives", "native", row[:2], row, q, n, *rest, False)
+    with pytest.raises(RuntimeError, match="N×D"):
+        call("normalized_mse", "native", q, k[:2], True)
+
+
+def test_normalized_mse_is_exact_near_zero() -> None:
+    draw = torch.Generator(torch.get_default_device()).manual_seed(0)
+    p = torch.randn(200, 64, generator=draw)
+    assert (normalized_mse(p, 3 * p) >= 0).all()
+    z = p + 1e-4 * torch.randn(200, 64, generator=draw)
+    exact = (torch.nn.functional.normalize(p.double()) - torch.nn.functional.normalize(z.double())).square().sum(1)
+    assert ((normalized_mse(p, z) - exact).abs() < 2e-3 * exact).all()

@@ -7,7 +7,6 @@
 #include <c10/util/irange.h>
 
 #include <algorithm>
-#include <atomic>
 #include <cmath>
 #include <limits>
 #include <vector>
@@ -15,103 +14,32 @@
 #include "../info_nce.h"
 #include "keys.h"
 #include "panel.h"
+#include "queries.h"
 #include "rows.h"
+#include "work.h"
 
 namespace fastssl::ops {
 namespace {
 
 using at::Tensor;
 using c10::irange;
+using cpu::data;
+using cpu::divide_up;
+using cpu::floats;
 using cpu::Keys;
+using cpu::keys_of_tile;
 using cpu::kPanel;
 using cpu::Length;
 using cpu::Pair;
 using cpu::panel;
+using cpu::Queries;
+using cpu::QueryPairs;
+using cpu::splits_for;
 using cpu::Tile;
+using cpu::UnitRows;
 
 constexpr float kInf = std::numeric_limits<float>::infinity();
-constexpr int64_t kBlock = 4;   // panels that share a tile while it is in the cache
-constexpr int64_t kItems = 32;  // work items wanted: enough for many cores, few enough that the partials stay small
-
-int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
-// Keys of a tile: an even number, and few enough that tile and logits stay in the second-level cache.
-int64_t keys_of_tile(int64_t d) { return std::clamp<int64_t>(16384 / d / 2 * 2, 32, 256); }
-
-Tensor floats(at::IntArrayRef shape) { return at::empty(shape, at::kFloat); }
-float* data(const Tensor& x) { return x.mutable_data_ptr<float>(); }
-
-float scalar(double value, const std::optional<Tensor>& tensor) {
-  return static_cast<float>(tensor ? tensor->item<double>() : value);
-}
-
-// Few rows, normalised once: unit vectors and the lengths they had. Zeros fill whole panels in both directions.
-struct UnitRows {
-  int64_t n, d, stride;
-  Tensor unit;
-  std::vector<Length> lengths;
-
-  explicit UnitRows(const Tensor& x)
-      : n(x.size(0)),
-        d(x.size(1)),
-        stride(divide_up(d, kPanel) * kPanel),
-        unit(at::zeros({divide_up(n, kPanel) * kPanel, stride}, at::kFloat)),
-        lengths(n) {
-    unit.narrow(0, 0, n).narrow(1, 0, d).copy_(x);
-    at::parallel_for(0, n, 64, [&](int64_t begin, int64_t end) {
-      for (const auto i : irange(begin, end)) {
-        lengths[i] = cpu::length(row(i), d);
-        cpu::scale_(row(i), lengths[i].inverse, d);
-      }
-    });
-  }
-  float* row(int64_t i) const { return data(unit) + i * stride; }
-  Tensor rows() const { return unit.narrow(0, 0, n).narrow(1, 0, d); }
-};
-
-// Queries side by side, zeros where the last panel has none.
-struct Queries {
-  int64_t panels, d;
-  Tensor columns;  // panels×D×32: unit queries times log2(e)/T, so that products are logits
-
-  Queries(const UnitRows& query, float factor) : panels(divide_up(query.n, kPanel)), d(query.d) {
-    columns = at::zeros({panels, d, kPanel}, at::kFloat);
-    at::parallel_for(0, query.n, kPanel, [&](int64_t begin, int64_t end) {
-      for (const auto i : irange(begin, end)) {
-        float* const column = data(columns) + i / kPanel * d * kPanel + i % kPanel;
-        for (const auto c : irange(d)) column[c * kPanel] = query.row(i)[c] * factor;
-      }
-    });
-  }
-  const float* panel(int64_t p) const { return columns.const_data_ptr<float>() + p * d * kPanel; }
-};
-
-// bfloat16 queries side by side, never rounded: a power of two keeps their products in range, and `scale` makes logits
-// of them.
-struct QueryPairs {
-  int64_t pairs;
-  std::vector<Pair> columns;  // panels×⌈D/2⌉×32
-  std::vector<float> scale;   // panels×32
-
-  QueryPairs(const Tensor& query, const UnitRows& unit, float factor)
-      : pairs(divide_up(unit.d, 2)),
-        columns(divide_up(unit.n, kPanel) * pairs * kPanel, 0),
-        scale(divide_up(unit.n, kPanel) * kPanel, 0.f) {
-    const Tensor raw = query.to(at::kFloat).contiguous();
-    for (const auto i : irange(unit.n)) {
-      const float* const row = raw.const_data_ptr<float>() + i * unit.d;
-      float largest = 0;
-      for (const auto c : irange(unit.d)) largest = std::max(largest, std::abs(row[c]));
-      const int exponent = largest > 0 && std::isfinite(largest) ? std::ilogb(largest) : 0;
-      scale[i] = std::ldexp(unit.lengths[i].inverse, exponent) * factor;
-      Pair* const column = columns.data() + i / kPanel * pairs * kPanel + i % kPanel;
-      for (const auto c : irange(unit.d)) {
-        column[c / 2 * kPanel] |= static_cast<Pair>(c10::BFloat16(std::ldexp(row[c], -exponent)).x) << c % 2 * 16;
-      }
-    }
-  }
-  const Pair* panel(int64_t p) const { return columns.data() + p * pairs * kPanel; }
-};
+constexpr int64_t kBlock = 4;  // panels that share a tile while it is in the cache
 
 // What the splits of the negatives contribute to each query: the maximum of its logits, the sum of 2^(logit − maximum),
 // and the keys summed with these weights.
@@ -207,44 +135,11 @@ Outputs combine(const Partials& partials, const UnitRows& query, const UnitRows&
   return out;
 }
 
-// Calls work(item) for every item, each on whichever thread is free: a thread that shares its core does not hold up the
-// others.
-template <typename Work>
-void over_items(int64_t items, const Work& work) {
-  std::atomic<int64_t> next{0};
-  at::parallel_for(0, std::min<int64_t>(items, at::get_num_threads()), 1, [&](int64_t, int64_t) {
-    const at::AutoDispatchBelowADInplaceOrView plain_arithmetic;
-    for (int64_t item = next++; item < items; item = next++) work(item);
-  });
-}
-
-// Cuts `count` keys into splits of whole tiles and calls work(block, split, begin, end) for each, on any thread.
-template <typename Work>
-void over_splits(int64_t blocks, int64_t splits, int64_t count, int64_t tile, const Work& work) {
-  const int64_t length = divide_up(divide_up(count, tile), splits) * tile;
-  over_items(blocks * splits, [&](int64_t item) {
-    const int64_t split = item / blocks, from = std::min(split * length, count);
-    work(item % blocks, split, from, std::min(from + length, count));
-  });
-}
-
-int64_t splits_for(int64_t blocks, int64_t count, int64_t tile) {
-  return std::clamp<int64_t>(divide_up(kItems, std::max<int64_t>(blocks, 1)), 1, std::max<int64_t>(count / tile, 1));
-}
-
-// In-batch, query i leaves out key i. Logits of panel p against keys l…l+rows−1.
-void leave_out_diagonal(float* logits, int64_t p, int64_t l, int64_t rows) {
-  for (const auto x : irange(kPanel)) {
-    const int64_t j = p * kPanel + x - l;
-    if (j >= 0 && j < rows) logits[j * kPanel + x] = -kInf;
-  }
-}
-
 // negatives M×D shared by all queries; in-batch, they are the positive keys.
 Partials unpaired(const Queries& queries, int64_t n, const Keys& keys, bool exclude_diagonal, bool gradients) {
   const int64_t d = queries.d, tile = keys_of_tile(d), blocks = divide_up(queries.panels, kBlock);
   Partials partials(splits_for(blocks, keys.count(), tile), n, d, gradients);
-  over_splits(blocks, partials.splits, keys.count(), tile, [&](int64_t block, int64_t split, int64_t from, int64_t to) {
+  cpu::over_splits(blocks, partials.splits, keys.count(), tile, [&](int64_t block, int64_t split, int64_t from, int64_t to) {
     const Tensor scratch = floats({tile, d}), tile_logits = floats({tile, kPanel});
     float* const logits = data(tile_logits);
     float rescale[kPanel];
@@ -253,7 +148,7 @@ Partials unpaired(const Queries& queries, int64_t n, const Keys& keys, bool excl
       const Tile<float> k = keys.load(l, rows, data(scratch));
       for (const auto p : irange(block * kBlock, std::min((block + 1) * kBlock, queries.panels))) {
         panel().multiply(k.data, k.stride, 1, queries.panel(p), kPanel, rows, d, false, logits, kPanel);
-        if (exclude_diagonal) leave_out_diagonal(logits, p, l, rows);
+        if (exclude_diagonal) cpu::leave_out_diagonal(logits, p, l, rows);
         const int64_t at = partials.at(split, p);
         const bool changed = panel().absorb(logits, rows, &partials.maximum[at], &partials.sum[at], rescale);
         if (!gradients) continue;
@@ -269,7 +164,7 @@ Partials unpaired(const Queries& queries, int64_t n, const Keys& keys, bool excl
 Partials unpaired_pairs(const QueryPairs& queries, int64_t n, int64_t d, const Keys& keys, bool gradients) {
   const int64_t tile = keys_of_tile(d), panels = divide_up(n, kPanel), blocks = divide_up(panels, kBlock);
   Partials partials(splits_for(blocks, keys.count(), tile), n, d, gradients);
-  over_splits(blocks, partials.splits, keys.count(), tile, [&](int64_t block, int64_t split, int64_t from, int64_t to) {
+  cpu::over_splits(blocks, partials.splits, keys.count(), tile, [&](int64_t block, int64_t split, int64_t from, int64_t to) {
     const Tensor tile_logits = floats({tile, kPanel});
     std::vector<Pair> scratch(tile * queries.pairs), weights(tile / 2 * kPanel), rows_in_pairs(tile / 2 * d);
     std::vector<float> inverse_lengths(tile);
@@ -300,7 +195,7 @@ Partials unpaired_pairs(const QueryPairs& queries, int64_t n, int64_t d, const K
 Partials paired(const UnitRows& query, float factor, const Tensor& negatives, bool normalized, bool gradients) {
   const int64_t n = query.n, d = query.d, m = negatives.size(1), tile = keys_of_tile(d);
   Partials partials(splits_for(n, m, tile), n, d, gradients);
-  over_splits(n, partials.splits, m, tile, [&](int64_t i, int64_t split, int64_t from, int64_t to) {
+  cpu::over_splits(n, partials.splits, m, tile, [&](int64_t i, int64_t split, int64_t from, int64_t to) {
     if (from == to) return;
     const Keys keys(negatives[i], std::nullopt, std::nullopt, normalized);
     const Tensor scratch = floats({tile, d});
@@ -322,75 +217,18 @@ Partials paired(const UnitRows& query, float factor, const Tensor& negatives, bo
   return partials;
 }
 
-// A column of 32 for each panel: x·factor, zeros where there is no query.
-std::vector<float> padded(const Tensor& x, float factor) {
-  const Tensor values = x.to(at::kFloat).contiguous();
-  std::vector<float> result(divide_up(x.size(0), kPanel) * kPanel, 0.f);
-  for (const auto i : irange(x.size(0))) result[i] = values.const_data_ptr<float>()[i] * factor;
-  return result;
-}
-
-// Σᵢ wᵢ·pᵢⱼ·q̂ᵢ for every valid key j, brought through its normalisation.
-void unpaired_negatives(const UnitRows& query, const Queries& queries, const std::vector<float>& lse,
-                        const std::vector<float>& weight, const Keys& keys, bool exclude_diagonal,
-                        const Tensor& gradient) {
-  const int64_t d = query.d, wide = query.stride, tile = keys_of_tile(d);
-  over_items(divide_up(keys.count(), tile), [&](int64_t item) {
-    const Tensor scratch = floats({tile, d}), tile_logits = floats({tile, kPanel}), sums = floats({tile, wide});
-    std::vector<Length> lengths(tile);
-    const int64_t last = std::min((item + 1) * tile, keys.count());
-    for (int64_t l = item * tile, rows = 0; l < last; l += rows) {
-      rows = keys.together(l, last - l);
-      const Tile<float> k = keys.load(l, rows, data(scratch), lengths.data());
-      for (const auto p : irange(queries.panels)) {
-        float* const logits = data(tile_logits);
-        panel().multiply(k.data, k.stride, 1, queries.panel(p), kPanel, rows, d, false, logits, kPanel);
-        if (exclude_diagonal) leave_out_diagonal(logits, p, l, rows);
-        panel().weigh(logits, rows, &lse[p * kPanel], &weight[p * kPanel]);
-        for (int64_t c = 0; c < wide; c += kPanel) {
-          panel().multiply(logits, kPanel, 1, query.row(p * kPanel) + c, wide, rows, kPanel, p > 0, data(sums) + c, wide);
-        }
-      }
-      for (const auto j : irange(rows)) {
-        cpu::backward_of_normalize_(data(sums) + j * wide, k.data + j * k.stride, lengths[j], d);
-      }
-      gradient.narrow(0, keys.place(l), rows).copy_(sums.narrow(0, 0, rows).narrow(1, 0, d));
-    }
-  });
-}
-
-void paired_negatives(const UnitRows& query, float factor, const std::vector<float>& lse,
-                      const std::vector<float>& weight, const Tensor& negatives, bool normalized,
-                      const Tensor& gradient) {
-  const int64_t n = query.n, d = query.d, m = negatives.size(1), tile = keys_of_tile(d);
-  over_splits(n, splits_for(n, m, tile), m, tile, [&](int64_t i, int64_t /*split*/, int64_t from, int64_t to) {
-    const Keys keys(negatives[i], std::nullopt, std::nullopt, normalized);
-    const Tensor scratch = floats({tile, d}), result = floats({tile, d});
-    std::vector<Length> lengths(tile);
-    for (int64_t l = from; l < to; l += tile) {
-      const int64_t rows = std::min(tile, to - l);
-      const Tile<float> k = keys.load(l, rows, data(scratch), lengths.data());
-      for (const auto j : irange(rows)) {
-        const float* const key = k.data + j * k.stride;
-        float* const g = data(result) + j * d;
-        const float logit = factor * cpu::dot(query.row(i), key, d);
-        std::copy_n(query.row(i), d, g);
-        cpu::scale_(g, std::exp2(logit - lse[i]) * weight[i], d);
-        cpu::backward_of_normalize_(g, key, lengths[j], d);
-      }
-      gradient[i].narrow(0, l, rows).copy_(result.narrow(0, 0, rows));
-    }
-  });
-}
-
 }  // namespace
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> info_nce_cpu(
     const Tensor& query, const Tensor& positive_key, const std::optional<Tensor>& negative_keys, double temperature,
     const std::optional<Tensor>& temperature_tensor, const std::optional<Tensor>& first,
     const std::optional<Tensor>& count, bool negatives_normalized, bool gradients) {
+  cpu::check_rows(query, positive_key);
+  if (negative_keys) cpu::check_rows(query, *negative_keys);
+  TORCH_CHECK(positive_key.sizes() == query.sizes(), "positive_key must be of shape ", query.sizes(), ", got ",
+              positive_key.sizes());
   const at::AutoDispatchBelowADInplaceOrView plain_arithmetic;
-  const float t = scalar(temperature, temperature_tensor), factor = cpu::kLog2e / t;
+  const float t = cpu::scalar(temperature, temperature_tensor), factor = cpu::kLog2e / t;
   const UnitRows q(query), k(positive_key);
   const auto partials = [&] {
     if (!negative_keys) return unpaired({q, factor}, q.n, {k.rows(), first, count, true}, true, gradients);
@@ -401,26 +239,6 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> info_nce_cpu(
   }();
   const Outputs out = combine(partials, q, k, t, gradients);
   return {out.loss, out.lse, out.query, out.positive, out.temperature};
-}
-
-Tensor info_nce_negatives_cpu(const Tensor& grad_loss, const Tensor& lse, const Tensor& query,
-                              const Tensor& negative_keys, double temperature,
-                              const std::optional<Tensor>& temperature_tensor, const std::optional<Tensor>& first,
-                              const std::optional<Tensor>& count, bool negatives_normalized, bool exclude_diagonal) {
-  const at::AutoDispatchBelowADInplaceOrView plain_arithmetic;
-  const Tensor gradient =
-      at::zeros(negative_keys.sizes(), exclude_diagonal ? at::kFloat : negative_keys.scalar_type());
-  if (gradient.numel() == 0 || query.size(0) == 0) return gradient;
-  const float t = scalar(temperature, temperature_tensor), factor = cpu::kLog2e / t;
-  const UnitRows q(query);
-  const std::vector<float> base2 = padded(lse, cpu::kLog2e), weight = padded(grad_loss, 1.f / t);
-  if (negative_keys.dim() == 3) {
-    paired_negatives(q, factor, base2, weight, negative_keys, negatives_normalized, gradient);
-  } else {
-    const Keys keys(negative_keys, first, count, negatives_normalized);
-    unpaired_negatives(q, {q, factor}, base2, weight, keys, exclude_diagonal, gradient);
-  }
-  return gradient;
 }
 
 }  // namespace fastssl::ops

@@ -29,6 +29,7 @@ class Keys {
   int64_t together(int64_t l, int64_t rows) const;
 
   // Unit rows l…l+rows−1, which must lie together; `scratch` (rows×D) holds them unless they are read where they lie.
+  // Keys that were given as unit rows have no normalisation to go back through: {1, false} leaves a gradient as it is.
   Tile<float> load(int64_t l, int64_t rows, float* scratch, Length* lengths = nullptr) const;
 
   // bfloat16 rows as they are, as pairs of components (⌈D/2⌉ each), and what makes them unit rows.

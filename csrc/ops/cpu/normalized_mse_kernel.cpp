@@ -1,4 +1,4 @@
-// BYOL's loss row by row: 2 − 2c with c the cosine, whose gradient is −2(ẑ − c·p̂)/‖p‖.
+// BYOL's loss row by row: ‖p̂ − ẑ‖², which is 2 − 2·cos but has no cancellation near 0. The gradient of p̂ is 2(p̂ − ẑ).
 #include <ATen/ATen.h>
 #include <ATen/Parallel.h>
 #include <c10/util/irange.h>
@@ -17,12 +17,14 @@ constexpr int64_t kRows = 64;  // rows of a tile: both inputs stay in the first-
 
 std::tuple<at::Tensor, at::Tensor> normalized_mse_cpu(const at::Tensor& prediction, const at::Tensor& target,
                                                       bool gradients) {
+  TORCH_CHECK(prediction.dim() == 2 && prediction.sizes() == target.sizes(),
+              "prediction and target must be N×D, got ", prediction.sizes(), " and ", target.sizes());
   const at::AutoDispatchBelowADInplaceOrView plain_arithmetic;
   const int64_t n = prediction.size(0), d = prediction.size(1);
   const at::Tensor loss = at::empty({n}, at::kFloat);
   const at::Tensor gradient = gradients ? at::empty({n, d}, at::kFloat) : at::empty({0}, at::kFloat);
   at::parallel_for(0, n, kRows, [&](int64_t begin, int64_t end) {
-    const at::AutoDispatchBelowADInplaceOrView worker;
+    const at::AutoDispatchBelowADInplaceOrView plain_arithmetic;  // a thread does not inherit the caller's
     const at::Tensor p_tile = at::empty({kRows, d}, at::kFloat), z_tile = at::empty({kRows, d}, at::kFloat);
     for (int64_t first = begin; first < end; first += kRows) {
       const int64_t rows = std::min(kRows, end - first);
@@ -34,7 +36,8 @@ std::tuple<at::Tensor, at::Tensor> normalized_mse_cpu(const at::Tensor& predicti
         const cpu::Length p_length = cpu::length(p, d);
         cpu::scale_(p, p_length.inverse, d);
         cpu::scale_(z, cpu::length(z, d).inverse, d);
-        loss.mutable_data_ptr<float>()[first + i] = 2.f - 2.f * cpu::dot(p, z, d);
+        cpu::axpy_(z, -1.f, p, d);  // ẑ − p̂
+        loss.mutable_data_ptr<float>()[first + i] = cpu::dot(z, z, d);
         if (!gradients) continue;
         float* const g = gradient.mutable_data_ptr<float>() + (first + i) * d;
         for (const auto c : c10::irange(d)) g[c] = -2.f * z[c];

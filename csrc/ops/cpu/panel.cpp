@@ -3,6 +3,7 @@
 
 #include <ATen/Version.h>
 
+#include <cstdlib>
 #include <string>
 
 namespace fastssl::cpu {
@@ -17,7 +18,9 @@ namespace {
 const Panel& choose() {
 #ifdef FASTSSL_X86
   const std::string capability = at::get_cpu_capability();
-  if (capability == "AVX512") return __builtin_cpu_supports("avx512bf16") ? avx512_bf16 : avx512;
+  const char* const half = std::getenv("FASTSSL_AVX512_BF16");  // "0" leaves these instructions out, for tests
+  const bool bf16 = __builtin_cpu_supports("avx512bf16") && !(half && std::string(half) == "0");
+  if (capability == "AVX512") return bf16 ? avx512_bf16 : avx512;
   if (capability == "AVX2") return avx2;
 #endif
   return baseline;

@@ -2,6 +2,7 @@
 //
 // Nothing from the standard library is used but its types: a function that the linker could share with code for an
 // older processor must not be compiled here.
+#include "exp2.h"
 #include "panel.h"
 
 #ifdef __AVX512BF16__
@@ -89,19 +90,14 @@ void multiply(const typename Op::Element* a, int64_t a_row, int64_t a_step, cons
 
 FASTSSL_INLINE Floats larger(const Floats& a, const Floats& b) { return a > b ? a : b; }
 
-// 2^x within 2 units in the last place; 0 below 2^−126 and for −∞, NaN for NaN. x must lie below 128.
+// 2^x; 0 below 2^−126 and for −∞, NaN for NaN. x must lie below 127.5.
 FASTSSL_INLINE Floats exp2(const Floats& x) {
-  constexpr float kRound = 12582912.f;  // 1.5 · 2^23: adding it leaves the nearest integer in the low bits
-  const Floats lowest = Floats{} - 126.f;
+  const Floats lowest = Floats{} + kLowest;
   const Floats clamped = x < lowest ? lowest : x;
   const Floats shifted = clamped + kRound;
   const Floats f = clamped - (shifted - kRound);  // −½…½
-  Floats p = f * 1.5353360e-4f + 1.3398876e-3f;   // minimax of 2^f
-  p = p * f + 9.6184374e-3f;
-  p = p * f + 5.5503325e-2f;
-  p = p * f + 2.4022648e-1f;
-  p = p * f + 6.9314720e-1f;
-  p = p * f + 1.f;
+  Floats p = Floats{} + kExp2[0];
+  for (int i = 1; i < 7; ++i) p = p * f + kExp2[i];
   const Floats power = (Floats)(((Ints)shifted + 127) << 23);
   return x < lowest ? Floats{} : p * power;
 }
@@ -149,7 +145,7 @@ bool absorb_pairs(float* products, int64_t rows, const float* query_scale, const
     const Floats scale = load(query_scale + x);
     Floats tile_maximum = Floats{} - __builtin_inff(), shift;
     for (int64_t j = 0; j < rows; ++j) {
-      const Floats logit = load(products + j * kPanel + x) * scale * key_scale[j];
+      const Floats logit = load(products + j * kPanel + x) * key_scale[j] * scale;
       store(products + j * kPanel + x, logit);
       tile_maximum = larger(logit, tile_maximum);
     }

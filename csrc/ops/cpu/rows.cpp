@@ -6,30 +6,26 @@
 #include <cmath>
 #include <limits>
 
+#include "exp2.h"
+
 #if defined(__x86_64__) && defined(__gnu_linux__) && !defined(__clang__)
 #define FASTSSL_VECTORISED __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
 #else
-#define FASTSSL_VECTORISED  // aarch64 has its vectors in the baseline
+#define FASTSSL_VECTORISED  // aarch64 has its vectors in the baseline; clang on x86 stays at SSE2 here
 #endif
 
 namespace fastssl::cpu {
 namespace {
 
-// 2^x within 2 units in the last place; 0 below 2^−126 and for −∞, NaN for NaN. x must lie below 128.
+// 2^x; 0 below 2^−126 and for −∞, NaN for NaN. x must lie below 127.5.
 [[gnu::always_inline]] inline float exp2(float x) {
-  constexpr float kRound = 12582912.f;  // 1.5 · 2^23: adding it leaves the nearest integer in the low bits
-  const float clamped = x < -126.f ? -126.f : x;
+  const float clamped = x < kLowest ? kLowest : x;
   const float shifted = clamped + kRound;
   const float f = clamped - (shifted - kRound);  // −½…½
-  float p = 1.5353360e-4f;  // minimax of 2^f
-  p = p * f + 1.3398876e-3f;
-  p = p * f + 9.6184374e-3f;
-  p = p * f + 5.5503325e-2f;
-  p = p * f + 2.4022648e-1f;
-  p = p * f + 6.9314720e-1f;
-  p = p * f + 1.f;
+  float p = kExp2[0];
+  for (int i = 1; i < 7; ++i) p = p * f + kExp2[i];
   const float power = std::bit_cast<float>((std::bit_cast<int32_t>(shifted) + 127) << 23);
-  return x < -126.f ? 0.f : p * power;
+  return x < kLowest ? 0.f : p * power;
 }
 
 FASTSSL_VECTORISED float sum_of_squares(const float* x, int64_t n) {
