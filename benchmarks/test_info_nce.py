@@ -1,7 +1,7 @@
 """InfoNCE forward and backward on the CPU: the kernels beside the formula of MoCo's authors, compiled and eager.
 
-Each benchmark first asserts that both sides agree. `extra_info` has the memory of one step on top of its inputs: at the
-peak, and all tensors it allocates together.
+float32 results are first asserted to agree with the eager ones. `extra_info` has the memory of one step on top of its
+inputs: at the peak, and all tensors it allocates together.
 """
 
 import ctypes

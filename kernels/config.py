@@ -25,6 +25,14 @@ class Tile(NamedTuple):
     stages: int
 
 
+class CombineTile(NamedTuple):
+    """Rows × splits that a program of `info_nce_combine` holds."""
+
+    rows: int
+    splits: int
+    warps: int
+
+
 # By the width of a row (more than 256 is done in slices): rows, columns, product, warps, stages. Chosen by compiling:
 # the largest that spill no register on any chip. A product narrower than the row, that is q·k in parts, is what
 # spares registers; the keys are then read a second time from the cache.
@@ -32,23 +40,25 @@ Table = dict[int, tuple[int, int, int, int, int]]
 HALF: Table = {64: (128, 64, 64, 8, 3), 128: (128, 64, 64, 8, 3), 256: (64, 64, 64, 8, 2)}
 TF32: Table = {64: (128, 64, 64, 8, 3), 128: (64, 64, 32, 8, 2), 256: (64, 64, 32, 8, 2)}
 TF32X3: Table = {64: (64, 32, 16, 8, 2), 128: (64, 32, 32, 8, 2), 256: (32, 32, 32, 8, 2)}
-HALF_HOPPER: Table = {
-    **HALF,
-    128: (128, 64, 128, 8, 3),
-}  # wgmma and tcgen05 take keys from shared memory: fewer registers
+# wgmma and tcgen05 take keys from shared memory, which spares registers.
+HALF_HOPPER: Table = {**HALF, 128: (128, 64, 128, 8, 3)}
 SPLIT = {"half": HALF, "tf32": TF32, "tf32x3": TF32X3}
+MIXED: Table = {**HALF, 64: (128, 64, 32, 8, 2), 128: (128, 64, 32, 8, 2)}  # the second product in tf32
 NEGATIVES = {
-    "half": {**HALF, 64: (128, 64, 32, 8, 2), 128: (128, 64, 32, 8, 2)},
+    "half": MIXED,
+    "mixed": MIXED,
     "tf32": {**TF32, 64: (128, 64, 32, 8, 2)},
     "tf32x3": {**TF32X3, 64: (32, 32, 32, 8, 2)},
 }
+# Small tiles of keys of 128 columns, for each is a program; more queries at once would spill.
+NEGATIVES_128 = {80: (64, 64, 128, 4, 3), 90: (64, 32, 128, 4, 3), 100: (64, 64, 128, 8, 3), 120: (64, 64, 128, 4, 3)}
 # Half keys of length 1, MoCo's queue: nothing but the two products and the exponential, so tiles are large. With 256
-# queries of 128 columns that is 2 blocks of rows × 66 splits, one program for every multiprocessor of an H100.
+# queries of 128 columns that is 2 blocks of rows × 64 splits, one program for nearly every multiprocessor of an H100.
 QUEUE: Table = {64: (128, 128, 64, 8, 3), 128: (128, 128, 128, 8, 3), 256: (128, 64, 256, 8, 3)}
 QUEUES = {
-    80: {**QUEUE, 256: (64, 64, 256, 4, 3)},
+    80: {**QUEUE, 256: (64, 64, 256, 8, 3)},
     90: QUEUE,
-    100: {**QUEUE, 128: (128, 64, 128, 8, 3)},
+    100: QUEUE,
     120: {64: (128, 64, 64, 8, 2), 128: (128, 64, 128, 8, 3), 256: HALF[256]},  # 99 KB of shared memory
 }
 
@@ -66,9 +76,13 @@ def block(size: int, least: int = 16) -> int:
 
 
 def splits(chip: Chip, row_blocks: int, columns: int, tile: Tile) -> int:
-    """Programs that share the keys of one block of rows: one wave of the chip, at least two tiles each."""
-    wave = chip.multiprocessors // max(row_blocks, 1)
-    return max(1, min(wave, columns // (2 * tile.columns)))
+    """Programs that share the keys of one block of rows: one wave of the chip, at least two tiles each.
+
+    No more of them than it takes for the longest share to be as short as it can be: less is left to combine.
+    """
+    tiles = blocks(columns, tile.columns)
+    most = max(1, min(chip.multiprocessors // max(row_blocks, 1), tiles // 2))
+    return blocks(tiles, blocks(tiles, most)) if tiles else 1
 
 
 def split_tile(chip: Chip, dim: int, kind: str, normalized: bool) -> Tile:
@@ -94,10 +108,11 @@ def candidates(chip: Chip, tile: Tile) -> list[Tile]:
 
 
 def negatives_tile(chip: Chip, dim: int, kind: str) -> Tile:
-    """For `info_nce_negatives`, whose rows are keys and columns queries."""
+    """For `info_nce_negatives`, whose rows are keys and columns queries; `kind` may be "mixed" too, float16."""
     if chip.family == INTERPRETER:
         return Tile(16, 16, min(block(dim), 64), min(block(dim), 32), 4, 1)
-    return _tile(dim, NEGATIVES[kind][min(block(dim, 64), WIDEST)])
+    size = min(block(dim, 64), WIDEST)
+    return _tile(dim, NEGATIVES_128[chip.family] if kind == "half" and size == 128 else NEGATIVES[kind][size])
 
 
 def _tile(dim: int, entry: tuple[int, int, int, int, int]) -> Tile:
@@ -109,6 +124,13 @@ def _tile(dim: int, entry: tuple[int, int, int, int, int]) -> Tile:
 def row_warps(block_dim: int) -> int:
     """Warps of a program that holds whole rows."""
     return min(max(block_dim // 256, 4), 16)
+
+
+def combine_tile(chip: Chip, splits: int, block_dim: int) -> CombineTile:
+    """A row's splits are asked for at once, 64 of them at 128 columns; of few splits a program does several rows."""
+    most, few = (128, 64) if chip.family == INTERPRETER else (8192, 2048)
+    at_once = min(block(splits, 1), max(1, most // block_dim))
+    return CombineTile(max(1, few // (at_once * block_dim)), at_once, row_warps(block_dim))
 
 
 def rows_at_once(chip: Chip, block_dim: int) -> int:

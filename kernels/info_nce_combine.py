@@ -4,7 +4,7 @@ import torch
 import triton
 import triton.language as tl
 from fastssl.kernels import config
-from fastssl.kernels.launch import launch
+from fastssl.kernels.launch import chip, launch
 from fastssl.kernels.rows import (
     FLOOR,
     LN_2,
@@ -17,8 +17,6 @@ from fastssl.kernels.rows import (
 )
 from torch import Tensor
 
-SPLITS = 64  # maxima that are read at once
-
 
 @triton.jit
 def unit_row(x: tl.tensor) -> tl.tensor:
@@ -26,6 +24,14 @@ def unit_row(x: tl.tensor) -> tl.tensor:
     length = norm(x, 0)
     scale = power_of_two(length)
     return (x * scale) * (inverse(length) / scale), length
+
+
+@triton.jit
+def unit_rows(x: tl.tensor) -> tl.tensor:
+    """x/‖x‖ and ‖x‖ of each row; scaled first, for the inverse of a huge norm would be a denormal."""
+    length = norm(x, 1)
+    scale = power_of_two(length)
+    return (x * scale[:, None]) * (inverse(length) / scale)[:, None], length
 
 
 @triton.jit(do_not_specialize=["rows", "splits"])
@@ -45,55 +51,60 @@ def info_nce_combine(
     rows: tl.tensor,
     splits: tl.tensor,
     DIM: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK_SPLITS: tl.constexpr,  # that are read at once
     BLOCK_DIM: tl.constexpr,
-    BLOCK_SPLITS: tl.constexpr,
-    BLOCK_MAXIMA: tl.constexpr,
     GRADIENTS: tl.constexpr,
 ) -> None:
-    """One row."""
-    row = tl.program_id(0).to(tl.int64)
+    """A few rows."""
+    row = tl.program_id(0).to(tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
+    live = row < rows
     dims = tl.arange(0, BLOCK_DIM)
-    within = dims < DIM
+    place = row[:, None] * DIM + dims[None, :]
+    within = live[:, None] & (dims < DIM)[None, :]
     inverse_t = inverse_temperature(temperature, temperature_tensor)
-    q, query_norm = unit_row(tl.load(query + row * DIM + dims, mask=within, other=0).to(tl.float32))
-    k, key_norm = unit_row(tl.load(positive_key + row * DIM + dims, mask=within, other=0).to(tl.float32))
-    positive = tl.sum(q * k, 0)
+    q, query_norm = unit_rows(tl.load(query + place, mask=within, other=0).to(tl.float32))
+    k, key_norm = unit_rows(tl.load(positive_key + place, mask=within, other=0).to(tl.float32))
+    positive = tl.sum(q * k, 1)
 
-    maximum = tl.full((), FLOOR, tl.float32)
-    total = tl.zeros((), tl.float32)
-    for begin in range(0, splits, BLOCK_MAXIMA):
-        split = begin + tl.arange(0, BLOCK_MAXIMA)
-        some = tl.load(maxima + split.to(tl.int64) * rows + row, mask=split < splits, other=FLOOR)
-        parts = tl.load(sums + split.to(tl.int64) * rows + row, mask=split < splits, other=0)
-        higher = tl.maximum(maximum, tl.max(some, 0))
-        total = total * tl.exp2(maximum - higher) + tl.sum(parts * tl.exp2(some - higher), 0)
+    maximum = tl.full((BLOCK_ROWS,), FLOOR, tl.float32)
+    total = tl.zeros((BLOCK_ROWS,), tl.float32)
+    attention = tl.zeros((BLOCK_ROWS, BLOCK_DIM), tl.float32)
+    for begin in range(0, splits, BLOCK_SPLITS):
+        split = begin + tl.arange(0, BLOCK_SPLITS)
+        at = split.to(tl.int64)[None, :] * rows + row[:, None]
+        there = (split < splits)[None, :] & live[:, None]
+        some = tl.load(maxima + at, mask=there, other=FLOOR)
+        parts = tl.load(sums + at, mask=there, other=0)
+        higher = tl.maximum(maximum, tl.max(some, 1))
+        decay = tl.exp2(maximum - higher)
+        weight = tl.exp2(some - higher[:, None])
+        total = total * decay + tl.sum(parts * weight, 1)
         maximum = higher
+        if GRADIENTS:
+            part = tl.load(
+                accumulators + at[:, :, None] * DIM + dims[None, None, :],
+                mask=there[:, :, None] & (dims < DIM)[None, None, :],
+                other=0,
+            )
+            attention = attention * decay[:, None] + tl.sum(part * weight[:, :, None], 1)
 
     some_counted = total > 0
     total = tl.where(some_counted, total, 1.0)
     negatives = tl.where(some_counted, (maximum + tl.log2(total)) * LN_2, -float("inf"))  # log of their sum
     row_loss, p_negative = softplus_and_sigmoid(negatives - positive * inverse_t)
-    tl.store(loss + row, row_loss)
-    tl.store(lse + row, positive * inverse_t + row_loss)
+    tl.store(loss + row, row_loss, mask=live)
+    tl.store(lse + row, positive * inverse_t + row_loss, mask=live)
 
     if GRADIENTS:
-        attention = tl.zeros((BLOCK_DIM,), tl.float32)
-        for begin in range(0, splits, BLOCK_SPLITS):
-            split = begin + tl.arange(0, BLOCK_SPLITS)
-            at = split.to(tl.int64) * rows + row
-            weight = tl.exp2(tl.load(maxima + at, mask=split < splits, other=FLOOR) - maximum)
-            place = accumulators + at[:, None] * DIM + dims[None, :]
-            part = tl.load(place, mask=(split < splits)[:, None] & within[None, :], other=0)
-            attention += tl.sum(part * weight[:, None], 0)
-        attention /= total
-        strength = p_negative * inverse_t
-        dq = strength * (attention - k)
+        strength = (p_negative * inverse_t)[:, None]
+        dq = strength * (attention / total[:, None] - k)
         dk = -strength * q
-        along = tl.sum(dq * q, 0)
-        tl.store(dtemperature + row, -along * inverse_t)
-        tl.store(dquery + row * DIM + dims, through_norm(dq, q, along, query_norm), mask=within)
-        dk = through_norm(dk, k, tl.sum(dk * k, 0), key_norm)
-        tl.store(dpositive + row * DIM + dims, dk, mask=within)
+        along = tl.sum(dq * q, 1)
+        tl.store(dtemperature + row, -along * inverse_t, mask=live)
+        tl.store(dquery + place, through_norm(dq, q, along[:, None], query_norm[:, None]), mask=within)
+        along = tl.sum(dk * k, 1)
+        tl.store(dpositive + place, through_norm(dk, k, along[:, None], key_norm[:, None]), mask=within)
 
 
 def combine(
@@ -109,11 +120,12 @@ def combine(
     n, dim = query.shape
     shapes = [(n,), (n,)] + ([(n, dim), (n, dim), (n,)] if gradients else [(0,)] * 3)
     loss, lse, dquery, dpositive, dtemperature = (query.new_empty(shape, dtype=torch.float32) for shape in shapes)
-    block_dim = config.block(dim)
+    splits, block_dim = len(maxima), config.block(dim)
+    tile = config.combine_tile(chip(query.device), splits, block_dim)
     launch(
         info_nce_combine,
-        (n,),
-        config.row_warps(block_dim),
+        (triton.cdiv(n, tile.rows),),
+        tile.warps,
         1,
         query,
         query=query,
@@ -129,11 +141,11 @@ def combine(
         dpositive=dpositive,
         dtemperature=dtemperature,
         rows=n,
-        splits=len(maxima),
+        splits=splits,
         DIM=dim,
+        BLOCK_ROWS=tile.rows,
+        BLOCK_SPLITS=tile.splits,
         BLOCK_DIM=block_dim,
-        BLOCK_SPLITS=max(1, 2048 // block_dim),
-        BLOCK_MAXIMA=SPLITS,
         GRADIENTS=gradients,
     )
     return loss, lse, dquery, dpositive, dtemperature

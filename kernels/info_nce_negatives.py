@@ -11,6 +11,7 @@ from fastssl.kernels.rows import (
     inverse,
     inverse_temperature,
     narrow,
+    norm,
     power_of_two,
     ring,
     root,
@@ -21,11 +22,29 @@ from fastssl.kernels.rows import (
 from torch import Tensor
 
 
+@triton.jit(do_not_specialize=["rows"])
+def inverse_norms(
+    x: tl.tensor,  # rows×DIM
+    result: tl.tensor,  # rows
+    rows: tl.tensor,
+    DIM: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK_DIM: tl.constexpr,
+) -> None:
+    """A few rows."""
+    row = tl.program_id(0).to(tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
+    dims = tl.arange(0, BLOCK_DIM)
+    within = (row < rows)[:, None] & (dims < DIM)[None, :]
+    lengths = norm(tl.load(x + row[:, None] * DIM + dims[None, :], mask=within, other=0), 1)
+    tl.store(result + row, inverse(lengths), mask=row < rows)
+
+
 @triton.jit(do_not_specialize=["rows", "columns"])
 def info_nce_negatives(
     grad_loss: tl.tensor,  # rows
     lse: tl.tensor,  # rows
     query: tl.tensor,  # rows×DIM
+    query_factors: tl.tensor,  # rows: 1/‖query‖, which every program needs for every tile
     keys: tl.tensor,  # columns×DIM
     temperature: tl.tensor,
     temperature_tensor: tl.tensor,
@@ -49,17 +68,17 @@ def info_nce_negatives(
     PRECISION: tl.constexpr,
 ) -> None:
     """One tile of keys against all queries."""
-    column = tl.program_id(0).to(tl.int64) * BLOCK_COLUMNS + tl.arange(0, BLOCK_COLUMNS)
+    column = tl.program_id(0) * BLOCK_COLUMNS + tl.arange(0, BLOCK_COLUMNS)
     dims = tl.program_id(1) * BLOCK_DIM + tl.arange(0, BLOCK_DIM)
     inverse_t = inverse_temperature(temperature, temperature_tensor)
     start, valid = ring(first, count, columns)
     inside = column < columns
-    place = (column < columns)[:, None] & (dims < DIM)[None, :]
     if first is not None:
         behind = column - start
         inside = inside & (tl.where(behind < 0, behind + columns, behind) < valid)
-    key_row = keys + (column * key_stride)[:, None]
-    live = inside[:, None]
+    key_row = (
+        keys + (tl.minimum(column, columns - 1).to(tl.int64) * key_stride)[:, None]
+    )  # others are left out at the end
 
     # Keys stay: scaled to lengths of 1 to 2, so that no product overflows. Queries pass by as they are.
     if IN_PARTS:
@@ -68,13 +87,13 @@ def info_nce_negatives(
         scaled = tl.zeros((BLOCK_COLUMNS,), tl.float32)
         for at in range(0, DIM, BLOCK_PRODUCT):
             part = at + parts
-            k = tl.load(key_row + (part.to(tl.int64) * dim_stride)[None, :], mask=live & (part < DIM)[None, :], other=0)
+            k = tl.load(key_row + (part.to(tl.int64) * dim_stride)[None, :], mask=(part < DIM)[None, :], other=0)
             more_plain, more_scaled = squares(k, 1)
             plain += more_plain
             scaled += more_scaled
         norms = root(plain, scaled)
     else:
-        k = tl.load(key_row + (dims.to(tl.int64) * dim_stride)[None, :], mask=live & (dims < DIM)[None, :], other=0)
+        k = tl.load(key_row + (dims.to(tl.int64) * dim_stride)[None, :], mask=(dims < DIM)[None, :], other=0)
         plain, scaled = squares(k, 1)
         norms = root(plain, scaled)
         k = narrow(k.to(tl.float32) * power_of_two(norms)[:, None], tl.float32 if WIDE else keys.dtype.element_ty)
@@ -90,47 +109,43 @@ def info_nce_negatives(
         queries = tl.where(tl.sum(inside.to(tl.int32), 0) > 0, rows, 0)
     for begin in range(0, queries, BLOCK_ROWS):
         row = begin + tl.arange(0, BLOCK_ROWS)
-        present = (row < rows)[:, None]
-        query_row = query + row.to(tl.int64)[:, None] * DIM
+        query_row = query + tl.minimum(row, rows - 1).to(tl.int64)[:, None] * DIM
+        query_factor = tl.load(query_factors + row, mask=row < rows, other=0)
+        row_lse = tl.load(lse + row, mask=row < rows, other=0) * LOG2_E
+        row_gradient = tl.load(grad_loss + row, mask=row < rows, other=0) * inverse_t  # 0 where there is no row
         if IN_PARTS:
             similarity = tl.zeros((BLOCK_COLUMNS, BLOCK_ROWS), tl.float32)
-            query_plain = tl.zeros((BLOCK_ROWS,), tl.float32)
-            query_scaled = tl.zeros((BLOCK_ROWS,), tl.float32)
             for at in range(0, DIM, BLOCK_PRODUCT):
                 part = at + parts
-                k = tl.load(
-                    key_row + (part.to(tl.int64) * dim_stride)[None, :], mask=live & (part < DIM)[None, :], other=0
-                )
+                k = tl.load(key_row + (part.to(tl.int64) * dim_stride)[None, :], mask=(part < DIM)[None, :], other=0)
                 k = narrow(k.to(tl.float32) * scale[:, None], tl.float32 if WIDE else keys.dtype.element_ty)
-                q = widen(tl.load(query_row + part[None, :], mask=present & (part < DIM)[None, :], other=0), WIDE)
+                q = widen(tl.load(query_row + part[None, :], mask=(part < DIM)[None, :], other=0), WIDE)
                 similarity = tl.dot(k, tl.trans(q), similarity, input_precision=PRECISION)
-                more_plain, more_scaled = squares(q, 1)
-                query_plain += more_plain
-                query_scaled += more_scaled
-        q = widen(tl.load(query_row + dims[None, :], mask=present & (dims < DIM)[None, :], other=0), WIDE)
+        q = widen(tl.load(query_row + dims[None, :], mask=(dims < DIM)[None, :], other=0), WIDE)
         if not IN_PARTS:
             similarity = tl.dot(k, tl.trans(q), input_precision=PRECISION)
-            query_plain, query_scaled = squares(q, 1)
-        query_factor = inverse(root(query_plain, query_scaled))
         similarity *= key_factor[:, None]
         similarity *= query_factor[None, :]
-        row_lse = tl.load(lse + row, mask=row < rows, other=0)
-        row_gradient = tl.load(grad_loss + row, mask=row < rows, other=0) * inverse_t
-        counted = live & (row < rows)[None, :]
+        weight = tl.exp2(similarity * (inverse_t * LOG2_E) - row_lse[None, :]) * row_gradient[None, :]
         if EXCLUDE_DIAGONAL:
-            counted = counted & (row[None, :] != column[:, None])
-        weight = tl.exp2((similarity * inverse_t - row_lse[None, :]) * LOG2_E) * row_gradient[None, :]
-        weight = tl.where(counted, weight, 0.0)
-        along += tl.sum(weight * similarity, 1)
+            weight = tl.where(row[None, :] != column[:, None], weight, 0.0)
+        if IN_PARTS:
+            along += tl.sum(weight * similarity, 1)
         weight = weight * query_factor[None, :]
         weight = narrow(weight, tl.float32 if WIDE_VALUES else query.dtype.element_ty)
         unit_gradient = tl.dot(weight, widen(q, WIDE_VALUES), unit_gradient, input_precision=PRECISION)
 
+    place = (column < columns)[:, None] & (dims < DIM)[None, :]
     if not NORMALIZED:
-        k = tl.load(key_row + (dims.to(tl.int64) * dim_stride)[None, :], mask=live & (dims < DIM)[None, :], other=0)
+        # With a mask of its own, or else the compiler would keep the first load's result in registers all the while.
+        k = tl.load(key_row + (dims.to(tl.int64) * dim_stride)[None, :], mask=place, other=0)
         unit = k.to(tl.float32) * scale[:, None] * key_factor[:, None]
+        if not IN_PARTS:  # all columns are here
+            along = tl.sum(unit_gradient * unit, 1)
         unit_gradient = through_norm(unit_gradient, unit, along[:, None], norms[:, None])
-    tl.store(gradient + column[:, None] * DIM + dims[None, :], unit_gradient, mask=place)
+    if first is not None:
+        unit_gradient = tl.where(inside[:, None], unit_gradient, 0.0)
+    tl.store(gradient + column.to(tl.int64)[:, None] * DIM + dims[None, :], unit_gradient, mask=place)
 
 
 def negatives_pass(
@@ -151,8 +166,25 @@ def negatives_pass(
     wide = query.dtype == torch.float32
     wide_values = query.dtype != torch.bfloat16  # weights hold grad_loss/‖q‖, which float16 need not
     precision = matmul_precision() if wide else "tf32"
-    tile = config.negatives_tile(chip(query.device), dim, precision if wide else "half")
+    kind = precision if wide else "mixed" if wide_values else "half"
+    tile = config.negatives_tile(chip(query.device), dim, kind)
     slices = triton.cdiv(dim, tile.dim)
+    query_factors = query.new_empty(len(query), dtype=torch.float32)
+    block_dim = config.block(dim)
+    at_once = config.rows_at_once(chip(query.device), block_dim)
+    launch(
+        inverse_norms,
+        (triton.cdiv(len(query), at_once),),
+        config.row_warps(block_dim),
+        1,
+        query,
+        x=query,
+        result=query_factors,
+        rows=len(query),
+        DIM=dim,
+        BLOCK_ROWS=at_once,
+        BLOCK_DIM=block_dim,
+    )
     launch(
         info_nce_negatives,
         (triton.cdiv(len(keys), tile.rows), slices),
@@ -162,6 +194,7 @@ def negatives_pass(
         grad_loss=grad_loss,
         lse=lse,
         query=query,
+        query_factors=query_factors,
         keys=keys,
         temperature=temperature,
         temperature_tensor=temperature_tensor,

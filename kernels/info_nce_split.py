@@ -55,13 +55,19 @@ def info_nce_split(
 ) -> None:
     """One block of queries against one split of the keys."""
     row = tl.program_id(0) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
-    split, splits = tl.program_id(1).to(tl.int64), tl.num_programs(1)
+    split, splits = tl.program_id(1), tl.num_programs(1)
     dims = tl.program_id(2) * BLOCK_DIM + tl.arange(0, BLOCK_DIM)
-    to_base_2 = inverse_temperature(temperature, temperature_tensor) * LOG2_E
-    start, valid = ring(first, count, columns)
-    tiles = tl.cdiv(valid, BLOCK_COLUMNS)
     query_row = query + row.to(tl.int64)[:, None] * DIM
     live = (row < rows)[:, None]
+    if not IN_PARTS:  # loaded while the ring is, before anything waits
+        q = tl.load(query_row + dims[None, :], mask=live & (dims < DIM)[None, :], other=0).to(tl.float32)
+    start, valid = ring(first, count, columns)
+    tiles = tl.cdiv(valid, BLOCK_COLUMNS)
+    share, more = tiles // splits, tiles % splits
+    begin = share * split + tl.minimum(split, more)
+    end = begin + share + (split < more).to(tl.int32)
+    to_base_2 = inverse_temperature(temperature, temperature_tensor) * LOG2_E
+    sign = tl.where(to_base_2 < 0, -1.0, 1.0)
 
     # Raw rows are multiplied, for q̂ rounded to half would be off; norms come in afterwards, in float32.
     if IN_PARTS:
@@ -75,63 +81,55 @@ def info_nce_split(
             scaled += more_scaled
         norms = root(plain, scaled)
     else:
-        q = tl.load(query_row + dims[None, :], mask=live & (dims < DIM)[None, :], other=0).to(tl.float32)
         plain, scaled = squares(q, 1)
         norms = root(plain, scaled)
-        q = narrow(q * power_of_two(norms)[:, None], tl.float32 if WIDE else query.dtype.element_ty)
-    scale = power_of_two(norms)
+    # T's sign goes to the query: the row's factor is positive, and the largest product makes the largest logit.
+    scale = power_of_two(norms) * sign
     row_factor = inverse(norms) / scale * to_base_2
+    if not IN_PARTS:
+        q = narrow(q * scale[:, None], tl.float32 if WIDE else query.dtype.element_ty)
 
     maximum = tl.full((BLOCK_ROWS,), FLOOR, tl.float32)
     total = tl.zeros((BLOCK_ROWS,), tl.float32)
     accumulator = tl.zeros((BLOCK_ROWS, BLOCK_DIM), tl.float32)
-    for tile in range((split * tiles // splits).to(tl.int32), ((split + 1) * tiles // splits).to(tl.int32)):
-        position = tl.arange(0, BLOCK_COLUMNS).to(tl.int64) + tile * BLOCK_COLUMNS
-        inside = position < valid
-        column = position
+    for tile in range(begin, end):
+        # Beyond the last key stands the last one again: it changes no maximum, and -∞ takes it out of the sums.
+        at, left = tl.arange(0, BLOCK_COLUMNS), valid - tile * BLOCK_COLUMNS
+        beyond = tl.where(at < left, 0.0, -float("inf"))
+        column = tile * BLOCK_COLUMNS + tl.minimum(at, left - 1)
         if first is not None:
-            column = start + position
-            column = tl.where(column >= columns, column - columns, column)
-        key_row = keys + (column * key_stride)[:, None]
+            column -= columns - start  # which does not overflow
+            column = tl.where(column < 0, column + columns, column)
+        key_row = keys + (column.to(tl.int64) * key_stride)[:, None]
         if IN_PARTS:
-            logits = tl.zeros((BLOCK_ROWS, BLOCK_COLUMNS), tl.float32)
+            products = tl.zeros((BLOCK_ROWS, BLOCK_COLUMNS), tl.float32)
             key_plain = tl.zeros((BLOCK_COLUMNS,), tl.float32)
             key_scaled = tl.zeros((BLOCK_COLUMNS,), tl.float32)
             for at in range(0, DIM, BLOCK_PRODUCT):
                 part = at + parts
                 q = tl.load(query_row + part[None, :], mask=live & (part < DIM)[None, :], other=0).to(tl.float32)
                 q = narrow(q * scale[:, None], tl.float32 if WIDE else query.dtype.element_ty)
-                k = tl.load(
-                    key_row + (part.to(tl.int64) * dim_stride)[None, :],
-                    mask=inside[:, None] & (part < DIM)[None, :],
-                    other=0,
-                )
+                k = tl.load(key_row + (part.to(tl.int64) * dim_stride)[None, :], mask=(part < DIM)[None, :], other=0)
                 k = widen(k, WIDE)
-                logits = tl.dot(q, tl.trans(k), logits, input_precision=PRECISION)
+                products = tl.dot(q, tl.trans(k), products, input_precision=PRECISION)
                 if not NORMALIZED:
                     more_plain, more_scaled = squares(k, 1)
                     key_plain += more_plain
                     key_scaled += more_scaled
-        k = tl.load(
-            key_row + (dims.to(tl.int64) * dim_stride)[None, :],
-            mask=inside[:, None] & (dims < DIM)[None, :],
-            other=0,
-        )
+        k = tl.load(key_row + (dims.to(tl.int64) * dim_stride)[None, :], mask=(dims < DIM)[None, :], other=0)
         k = widen(k, WIDE)
         if not IN_PARTS:
-            logits = tl.dot(q, tl.trans(k), input_precision=PRECISION)
+            products = tl.dot(q, tl.trans(k), input_precision=PRECISION)
             if not NORMALIZED:
                 key_plain, key_scaled = squares(k, 1)
-        logits *= row_factor[:, None]
         if not NORMALIZED:
             column_factor = inverse(root(key_plain, key_scaled))
-            logits *= column_factor[None, :]
-        counted = inside[None, :]
+            products *= column_factor[None, :]
         if EXCLUDE_DIAGONAL:
-            counted = counted & (row[:, None] != column[None, :])
-        logits = tl.where(counted, logits, -float("inf"))
-        higher = tl.maximum(maximum, tl.max(logits, 1) - HEADROOM)
-        p = tl.exp2(logits - higher[:, None])
+            products = tl.where(row[:, None] != column[None, :], products, -float("inf"))
+        # One multiply-add for each logit; -∞ in its addend costs less than choosing among the products.
+        higher = tl.maximum(maximum, tl.max(products, 1) * row_factor - HEADROOM)
+        p = tl.exp2(products * row_factor[:, None] + (beyond[None, :] - higher[:, None]))
         decay = tl.exp2(maximum - higher)
         total = total * decay + tl.sum(p, 1)
         maximum = higher
@@ -142,7 +140,7 @@ def info_nce_split(
             p = narrow(p, tl.float32 if WIDE_VALUES else keys.dtype.element_ty)
             accumulator = tl.dot(p, k, accumulator * decay[:, None], input_precision=PRECISION)
 
-    at_row = split * rows + row
+    at_row = split.to(tl.int64) * rows + row
     if tl.program_id(2) == 0:
         tl.store(maxima + at_row, maximum, mask=row < rows)
         tl.store(sums + at_row, total, mask=row < rows)

@@ -87,13 +87,16 @@ def inverse_temperature(temperature: tl.tensor, temperature_tensor: tl.tensor) -
 @triton.jit
 def ring(first: tl.tensor, count: tl.tensor, capacity: tl.tensor) -> tl.tensor:
     """Where the valid rows of a ring begin, in 0…capacity-1, and how many there are; `first` may be any integer."""
-    size = capacity.to(tl.int64)
-    start = size * 0
-    valid = size
+    start = capacity * 0
+    valid = capacity
     if first is not None:
-        start = tl.load(first).to(tl.int64) % tl.maximum(size, 1)
-        start = tl.where(start < 0, start + size, start)  # the device's remainder has the sign of `first`
-        valid = tl.minimum(tl.maximum(tl.load(count).to(tl.int64), 0), size)
+        size = capacity.to(tl.int64)
+        at = tl.load(first).to(tl.int64)
+        valid = tl.minimum(tl.maximum(tl.load(count).to(tl.int64), 0), size).to(capacity.dtype)
+        if (at < 0) | (at >= size):  # rarely: a division of 64 bits takes long
+            at = at % tl.maximum(size, 1)
+            at = tl.where(at < 0, at + size, at)  # the device's remainder has the sign of `first`
+        start = at.to(capacity.dtype)
     return start, valid
 
 

@@ -1,0 +1,121 @@
+"""The kernels of every chip neither spill nor outgrow shared memory, use matrix units, and the report says so."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from benchmarks import kernel_markdown, kernel_report, roofline, sass
+
+JSON = kernel_report.RESULTS / "kernel_report.json"
+GOOD = {"name": "split bf16 128", "chip": 90, "stack": 0, "spills": 0, "shared": 65536, "matrix": {"HGMMA.64x64x16": 8}}
+LISTING = """
+        /*0000*/                   MUFU.EX2 R1, R1 ;             /* 0x0000000000000000 */
+                                                                 /* 0x000e640000000800 */
+        /*0010*/                   HGMMA.64x128x16.F32.BF16 R24, R184, gdesc[UR8], RZ, gsb0 ;  /* 0x0000000000000000 */
+                                                                 /* 0x000fe20000000000 */
+        /*0020*/                   WARPGROUP.DEPBAR.LE gsb0, 0x0 ;    /* 0x0000000000000000 */
+                                                                 /* 0x000fe20000000000 */
+        /*0030*/              @!P1 BRA 0x10 ;                    /* 0x0000000000000000 */
+                                                                 /* 0x002fe20000000000 */
+        /*0040*/                   EXIT ;                        /* 0x0000000000000000 */
+                                                                 /* 0x000fe20000000000 */
+"""
+
+
+def report() -> dict[str, Any]:
+    return json.loads(JSON.read_text())
+
+
+def check(cache: Path, *arguments: str) -> None:
+    environ = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    environ["TRITON_CACHE_DIR"] = str(cache)
+    command = [sys.executable, "-m", "benchmarks.kernel_report", "--check", *arguments]
+    root = Path(kernel_report.__file__).parents[1]
+    done = subprocess.run(command, cwd=root, env=environ, capture_output=True, text=True, timeout=1200, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr[-3000:]
+
+
+def test_a_good_kernel_passes() -> None:
+    assert kernel_report.problems(GOOD) == []
+    assert kernel_report.problems({**GOOD, "name": "combine bf16 128", "matrix": {}}) == []
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"stack": 16}, "16 bytes of stack"),
+        ({"spills": 2}, "2 accesses"),
+        ({"matrix": {}}, "no matrix instruction"),
+        ({"matrix": {}, "name": "negatives fp16 64"}, "no matrix instruction"),
+        ({"matrix": {}, "name": "split tf32x3 64"}, "no matrix instruction"),
+        ({"matrix": {"HMMA.16816.F32.BF16": 64}}, "no matrix instruction HGMMA"),
+        ({"shared": 227 * 1024 + 1}, "of shared memory"),
+        ({"shared": 99 * 1024 + 1, "chip": 120, "matrix": {"HMMA.16816.F32.BF16": 8}}, "of shared memory"),
+        ({"shared": 163 * 1024 + 1, "chip": 80, "matrix": {"HMMA.16816.F32.BF16": 8}}, "of shared memory"),
+    ],
+)
+def test_a_bad_kernel_fails(change: dict[str, Any], message: str) -> None:
+    (found,) = kernel_report.problems({**GOOD, **change})
+    assert message in found
+
+
+def test_the_committed_kernels_pass_on_all_chips() -> None:
+    kernels = report()["kernels"]
+    assert {row["chip"] for row in kernels} == {80, 90, 100, 120}
+    assert [text for row in kernels for text in kernel_report.problems(row)] == []
+
+
+def test_the_committed_markdown_is_made_of_the_committed_json() -> None:
+    text = JSON.with_suffix(".md").read_text()
+    assert "predicted, not measured" in text.splitlines()[0]
+    assert text == kernel_markdown.markdown(report())
+
+
+def test_the_queue_is_read_from_device_memory_once() -> None:
+    rows = [row for row in report()["shapes"] if row["shape"] == roofline.MOCO.title]
+    assert {row["chip"] for row in rows} == {80, 90, 100, 120}
+    for row in rows:
+        assert row["least_bytes"] > 65536 * 128 * 2
+        assert row["device_bytes"] <= 1.1 * row["least_bytes"]
+
+
+def test_instructions_are_read_with_what_the_assembler_scheduled() -> None:
+    special, product, wait, branch, _ = sass.parse(LISTING)
+    assert (special.kind, special.stall, special.write, special.read, special.wait) == ("exp2", 2, 1, 7, 0)
+    assert (product.kind, product.stall, product.write) == ("matrix", 1, 7)
+    assert (wait.kind, branch.target, branch.guard, branch.wait) == ("control", 0x10, "!P1", 2)
+
+
+def test_the_model_waits_for_the_matrix_unit() -> None:
+    instructions = sass.parse(LISTING)
+    program = sass.Program(instructions, (0x10, 0x30), [], 32, 0)
+    quarter = sass.Quarter(1, 512, 1, 0, 8, 600)
+    assert sass.matrix_clocks(instructions[1], quarter) == 64
+    ten, twenty = (sass.Model(program, quarter, 1, 4, sass.Trips(n)).run() for n in (10, 20))
+    assert twenty - ten == pytest.approx(10 * (64 + sass.MATRIX_LATENCY), rel=0.1)
+    two_warps = sass.Model(program, quarter, 1, 8, sass.Trips(20))
+    assert two_warps.run() < 1.5 * twenty  # one waits while the other multiplies
+    assert two_warps.busy["matrix"] == 2 * 20 * 64
+
+
+def test_interpreting_is_refused() -> None:
+    environ = {**os.environ, "TRITON_INTERPRET": "1"}
+    command = [sys.executable, "-m", "benchmarks.kernel_report", "--check"]
+    root = Path(kernel_report.__file__).parents[1]
+    done = subprocess.run(command, cwd=root, env=environ, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode != 0
+    assert "TRITON_INTERPRET" in done.stderr
+
+
+def test_the_kernel_of_moco_compiles_for_all_chips(tmp_path: Path) -> None:
+    check(tmp_path, "--only", "split bf16 queue 128")
+
+
+@pytest.mark.slow
+def test_every_kernel_compiles_for_all_chips(tmp_path: Path) -> None:
+    check(tmp_path)
