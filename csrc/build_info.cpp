@@ -1,6 +1,8 @@
 // Answers with the compiler's own macros: what was done, not what was asked for.
 #include "build_info.h"
 
+#include "ops/cpu/panel.h"
+
 #include <pybind11/stl.h>
 #include <torch/version.h>
 
@@ -71,6 +73,7 @@ py::dict build_info() {
   info["cpp_standard"] = __cplusplus / 100 % 100;  // 202002 is C++20
   info["torch"] = TORCH_VERSION;
   info["cpu_flags"] = cpu_flags();
+  info["cpu_kernels"] = cpu::panel().name;
 #ifdef _OPENMP
   info["openmp"] = true;
 #else

@@ -32,9 +32,10 @@ def build_info() -> dict[str, Any] | None:
     """What the extension was built with, or None without a usable one.
 
     Returns:
-        A dictionary with ``compiler``, ``cpp_standard``, ``torch``, ``cpu_flags``, ``openmp`` (whether the loops run on
-        several threads), ``ops``, ``cuda`` (the toolkit's version or None), ``cuda_archs`` and ``cuda_driver`` (the
-        newest CUDA version the driver runs, or None).
+        A dictionary with ``compiler``, ``cpp_standard``, ``torch``, ``cpu_flags`` (instructions used without asking the
+        processor), ``cpu_kernels`` (the instruction set that the ops' inner loops use here), ``openmp`` (whether they
+        run on several threads), ``ops``, ``cuda`` (the toolkit's version or None), ``cuda_archs`` and ``cuda_driver``
+        (the newest CUDA version the driver runs, or None).
     """
     return _load()[0]
 

@@ -16,7 +16,10 @@ CHECK = """
 import torch
 from fastssl.ops import info_nce, normalized_mse, use_backend
 
+from fastssl import _extension
+
 assert torch.backends.cpu.get_cpu_capability() == "{capability}"
+assert _extension.build_info()["cpu_kernels"] == "{kernels}"
 torch.manual_seed(0)
 for dtype, tolerance in ((torch.float32, 1e-5), (torch.bfloat16, 2e-2)):
     for n, m, d in ((1, 1, 1), (7, 5, 3), (33, 70, 31), (40, 700, 129)):
@@ -37,13 +40,15 @@ for dtype, tolerance in ((torch.float32, 1e-5), (torch.bfloat16, 2e-2)):
 
 
 @pytest.mark.skipif(platform.machine() != "x86_64", reason="other processors have one instruction set")
-@pytest.mark.parametrize("capability", ["DEFAULT", "AVX2", "AVX512"])  # with the best one all other tests run
-def test_older_processors_compute_the_same(capability: str) -> None:
+@pytest.mark.parametrize(  # with the best one all other tests run
+    ("capability", "kernels"), [("DEFAULT", "baseline"), ("AVX2", "avx2"), ("AVX512", "avx512")]
+)
+def test_older_processors_compute_the_same(capability: str, kernels: str) -> None:
     if capability == "AVX512" and torch.backends.cpu.get_cpu_capability() != capability:
         pytest.skip("this processor has no AVX-512")
     environment = os.environ | {"ATEN_CPU_CAPABILITY": capability.lower(), "FASTSSL_BACKEND": ""}
     environment["FASTSSL_AVX512_BF16"] = "0"
-    code = CHECK.format(capability=capability)
+    code = CHECK.format(capability=capability, kernels=kernels)
     result = subprocess.run([sys.executable, "-c", code], env=environment, stderr=subprocess.PIPE, text=True)
     assert result.returncode == 0, result.stderr
 

@@ -139,7 +139,8 @@ Outputs combine(const Partials& partials, const UnitRows& query, const UnitRows&
 Partials unpaired(const Queries& queries, int64_t n, const Keys& keys, bool exclude_diagonal, bool gradients) {
   const int64_t d = queries.d, tile = keys_of_tile(d), blocks = divide_up(queries.panels, kBlock);
   Partials partials(splits_for(blocks, keys.count(), tile), n, d, gradients);
-  cpu::over_splits(blocks, partials.splits, keys.count(), tile, [&](int64_t block, int64_t split, int64_t from, int64_t to) {
+  const int64_t splits = partials.splits, count = keys.count();
+  cpu::over_splits(blocks, splits, count, tile, [&](int64_t block, int64_t split, int64_t from, int64_t to) {
     const Tensor scratch = floats({tile, d}), tile_logits = floats({tile, kPanel});
     float* const logits = data(tile_logits);
     float rescale[kPanel];
@@ -164,7 +165,8 @@ Partials unpaired(const Queries& queries, int64_t n, const Keys& keys, bool excl
 Partials unpaired_pairs(const QueryPairs& queries, int64_t n, int64_t d, const Keys& keys, bool gradients) {
   const int64_t tile = keys_of_tile(d), panels = divide_up(n, kPanel), blocks = divide_up(panels, kBlock);
   Partials partials(splits_for(blocks, keys.count(), tile), n, d, gradients);
-  cpu::over_splits(blocks, partials.splits, keys.count(), tile, [&](int64_t block, int64_t split, int64_t from, int64_t to) {
+  const int64_t splits = partials.splits, count = keys.count();
+  cpu::over_splits(blocks, splits, count, tile, [&](int64_t block, int64_t split, int64_t from, int64_t to) {
     const Tensor tile_logits = floats({tile, kPanel});
     std::vector<Pair> scratch(tile * queries.pairs), weights(tile / 2 * kPanel), rows_in_pairs(tile / 2 * d);
     std::vector<float> inverse_lengths(tile);

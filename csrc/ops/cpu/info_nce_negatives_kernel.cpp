@@ -49,7 +49,8 @@ void unpaired_negatives(const UnitRows& query, const Queries& queries, const std
         if (exclude_diagonal) cpu::leave_out_diagonal(logits, p, l, rows);
         panel().weigh(logits, rows, &lse[p * kPanel], &weight[p * kPanel]);
         for (int64_t c = 0; c < wide; c += kPanel) {
-          panel().multiply(logits, kPanel, 1, query.row(p * kPanel) + c, wide, rows, kPanel, p > 0, data(sums) + c, wide);
+          panel().multiply(logits, kPanel, 1, query.row(p * kPanel) + c, wide, rows, kPanel, p > 0, data(sums) + c,
+                           wide);
         }
       }
       for (const auto j : irange(rows)) {

@@ -1,4 +1,4 @@
-// BYOL's loss row by row: ‖p̂ − ẑ‖², which is 2 − 2·cos but has no cancellation near 0. The gradient of p̂ is 2(p̂ − ẑ).
+// BYOL's loss row by row: ‖p̂ − ẑ‖², which is 2 − 2·cos without the cancellation near 0; its gradient is 2(p̂ − ẑ).
 #include <ATen/ATen.h>
 #include <ATen/Parallel.h>
 #include <c10/util/irange.h>

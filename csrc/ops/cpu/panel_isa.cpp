@@ -84,7 +84,9 @@ void multiply(const typename Op::Element* a, int64_t a_row, int64_t a_step, cons
     for (; r + kRows <= rows; r += kRows) {
       piece<Op, kRows>(a + r * a_row, a_row, a_step, b + x, b_row, depth, add, c + r * c_row + x, c_row);
     }
-    for (; r < rows; ++r) piece<Op, 1>(a + r * a_row, a_row, a_step, b + x, b_row, depth, add, c + r * c_row + x, c_row);
+    for (; r < rows; ++r) {
+      piece<Op, 1>(a + r * a_row, a_row, a_step, b + x, b_row, depth, add, c + r * c_row + x, c_row);
+    }
   }
 }
 
@@ -183,6 +185,7 @@ void scale(float* c, int64_t rows, const float* factor) {
 #define FASTSSL_STRING(x) #x
 #define FASTSSL_NAME(x) FASTSSL_STRING(x)
 extern const Panel FASTSSL_ISA;
-const Panel FASTSSL_ISA = {multiply<Single>, multiply<Paired>, absorb, absorb_pairs, weigh, scale, FASTSSL_NAME(FASTSSL_ISA)};
+const Panel FASTSSL_ISA = {
+    multiply<Single>, multiply<Paired>, absorb, absorb_pairs, weigh, scale, FASTSSL_NAME(FASTSSL_ISA)};
 
 }  // namespace fastssl::cpu
