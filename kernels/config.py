@@ -65,7 +65,7 @@ QUEUES = {
 
 def family(major: int, minor: int) -> int:
     """The chip that a device of compute capability major.minor is treated as."""
-    if major == 8 and minor in (6, 9):
+    if major == 8 and minor in (6, 8, 9):
         return 120  # as little shared memory
     return max((f for f in (80, 90, 100, 120) if f <= 10 * major + minor), default=80)
 

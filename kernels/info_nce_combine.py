@@ -89,7 +89,7 @@ def info_nce_combine(
             )
             attention = attention * decay[:, None] + tl.sum(part * weight[:, :, None], 1)
 
-    some_counted = total > 0
+    some_counted = total != 0  # NaN counts: it must reach the loss
     total = tl.where(some_counted, total, 1.0)
     negatives = tl.where(some_counted, (maximum + tl.log2(total)) * LN_2, -float("inf"))  # log of their sum
     row_loss, p_negative = softplus_and_sigmoid(negatives - positive * inverse_t)

@@ -49,10 +49,11 @@ def info_nce_paired(
         k = tl.load(
             place + (column.to(tl.int64) * key_stride)[:, None], mask=inside[:, None] & within[None, :], other=0
         ).to(tl.float32)
-        logits = tl.sum(k * q[None, :], 1) * to_base_2
-        if not NORMALIZED:
+        logits = tl.sum(k * q[None, :], 1)
+        if not NORMALIZED:  # first of all, for a huge key's product with 1/T could overflow
             factor = inverse(norm(k, 1))
             logits *= factor
+        logits *= to_base_2
         logits = tl.where(inside, logits, -float("inf"))
         higher = tl.maximum(maximum, tl.max(logits, 0))
         p = tl.exp2(logits - higher)

@@ -85,7 +85,7 @@ def info_nce_split(
         norms = root(plain, scaled)
     # T's sign goes to the query: the row's factor is positive, and the largest product makes the largest logit.
     scale = power_of_two(norms) * sign
-    row_factor = inverse(norms) / scale * to_base_2
+    row_factor = tl.maximum(inverse(norms) / scale * to_base_2, 1e-30)  # not 0 at T = ∞: keys left out are at -∞
     if not IN_PARTS:
         q = narrow(q * scale[:, None], tl.float32 if WIDE else query.dtype.element_ty)
 
@@ -178,7 +178,7 @@ def split_pass(
     where = chip(query.device)
     tile = config.split_tile(where, dim, precision if wide else "half", normalized)
     row_blocks = triton.cdiv(n, tile.rows)
-    slices = triton.cdiv(dim, tile.dim)
+    slices = triton.cdiv(dim, tile.dim) if gradients else 1
     splits = config.splits(where, row_blocks * slices, m, tile)
     maxima, sums = query.new_empty(2, splits, n, dtype=torch.float32)
     accumulators = query.new_empty(splits, n if gradients else 0, dim, dtype=torch.float32)
@@ -187,7 +187,7 @@ def split_pass(
         kernel, blocks = tuned(where, tile), {}
     launch(
         kernel,
-        lambda meta: (triton.cdiv(n, meta["BLOCK_ROWS"]), splits, slices if gradients else 1),
+        lambda meta: (triton.cdiv(n, meta["BLOCK_ROWS"]), splits, slices),
         tile.warps,
         tile.stages,
         query,

@@ -66,7 +66,7 @@ def power_of_two(norms: tl.tensor) -> tl.tensor:
     Rows scaled by it keep every bit, in half precision too, and the product with another row does not overflow.
     """
     exponent = tl.maximum(norms, EPS).to(tl.int32, bitcast=True) & 0x7F800000
-    return (0x7F000000 - exponent).to(tl.float32, bitcast=True)
+    return tl.maximum(0x7F000000 - exponent, 0x00800000).to(tl.float32, bitcast=True)  # normal, or it would be 0
 
 
 @triton.jit

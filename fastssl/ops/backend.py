@@ -24,6 +24,7 @@ class Implementation:
     devices: frozenset[str] | None = None  # None: any
     dtypes: frozenset[torch.dtype] | None = None
     missing: str | None = None  # why this installation cannot run it, or None
+    unsuited: Callable[[torch.device], str | None] | None = None  # why a device of the right kind cannot, or None
 
     def refuses(self, device: torch.device, dtype: torch.dtype) -> str | None:
         """Why this implementation cannot run on `device` and `dtype`, or None when it can."""
@@ -33,7 +34,7 @@ class Implementation:
             return f"it runs on {', '.join(sorted(self.devices))}, not on {device.type}"
         if self.dtypes is not None and dtype not in self.dtypes:
             return f"it takes {', '.join(sorted(map(str, self.dtypes)))}, not {dtype}"
-        return None
+        return self.unsuited(device) if self.unsuited else None
 
 
 _implementations: dict[str, dict[str, Implementation]] = {}

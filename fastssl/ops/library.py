@@ -1,6 +1,7 @@
 """Ops of torch.library: for each backend one of the same schema, with a fake kernel and an autograd formula."""
 
 from collections.abc import Callable
+from functools import cache
 from importlib import import_module
 from typing import Any
 
@@ -67,8 +68,19 @@ def implementations(function: Callable[..., Any]) -> dict[str, Implementation]:
     triton_devices = frozenset({"cuda", "cpu"} if interpreted() else {"cuda"})
     return {
         "native": Implementation(bind("native"), frozenset({"cpu"}), DTYPES, _extension.missing()),
-        "triton": Implementation(bind("triton"), triton_devices, DTYPES, unavailable()),
+        "triton": Implementation(bind("triton"), triton_devices, DTYPES, unavailable(), _too_old),
     }
+
+
+@cache
+def _too_old(device: torch.device) -> str | None:
+    """Why the Triton kernels, made for NVIDIA chips from sm_80 on, do not run on `device`; None when they do."""
+    if torch.version.hip is not None:
+        return "it is made for NVIDIA's chips"
+    if device.type != "cuda" or not torch.cuda.is_available():
+        return None
+    major, minor = torch.cuda.get_device_capability(device)
+    return None if major >= 8 else f"it needs a chip from sm_80 on, and {device} is of sm_{major}{minor}"
 
 
 def call(name: str, backend: str, *arguments: Any) -> Any:

@@ -315,6 +315,35 @@ def test_a_tiny_loss_keeps_its_digits() -> None:
         assert abs(loss.item() / right.item() - 1) < 1e-5
 
 
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+@pytest.mark.parametrize("gradients", [False, True])
+@pytest.mark.parametrize("mode", ["unpaired", "paired", "in-batch"])
+def test_nan_and_infinity_are_not_hidden(mode: str, gradients: bool, bad: float) -> None:
+    query, positive, negatives, _ = inputs(Case(mode, 4, 4 if mode == "in-batch" else 40, 6))
+    keys = positive if negatives is None else negatives
+    keys[..., 2, 3] = bad
+    loss, *_ = info_nce.forward(query, positive, negatives, 0.1, None, None, None, False, gradients)
+    assert loss.isnan().all()
+
+
+@pytest.mark.parametrize("mode", ["unpaired", "paired", "in-batch"])
+def test_infinite_temperature_counts_the_keys(mode: str) -> None:
+    query, positive, negatives, _ = inputs(Case(mode, 4, 4 if mode == "in-batch" else 40, 6))
+    keys = 4 if mode == "in-batch" else 41
+    for t in (torch.inf, -torch.inf):
+        loss, *_ = info_nce.forward(query, positive, negatives, t, None, None, None, False, False)
+        torch.testing.assert_close(loss, torch.full((4,), keys, device=loss.device).log())
+
+
+def test_huge_paired_keys_at_a_low_temperature() -> None:
+    query, positive, negatives, _ = inputs(Case("paired", 4, 10, 6))
+    assert negatives is not None
+    usual, huge = (
+        info_nce.forward(query, positive, negatives * s, 0.01, None, None, None, False, False)[0] for s in (1, 1e37)
+    )
+    torch.testing.assert_close(usual, huge)
+
+
 def test_expanded_negatives() -> None:
     query, positive, negatives, _ = inputs(Case("unpaired", 4, 9, 6))
     assert negatives is not None

@@ -12,6 +12,7 @@ from torch.autograd import forward_ad
 from torch.utils.checkpoint import checkpoint
 
 from fastssl import _extension
+from fastssl.ops import backend as backends
 from fastssl.ops import info_nce, normalized_mse, use_backend
 from fastssl.ops.backend import _forced
 from fastssl.ops.library import call
@@ -330,3 +331,13 @@ def test_normalized_mse_is_exact_near_zero() -> None:
     z = p + 1e-4 * torch.randn(200, 64, generator=draw)
     exact = (torch.nn.functional.normalize(p.double()) - torch.nn.functional.normalize(z.double())).square().sum(1)
     assert ((normalized_mse(p, z) - exact).abs() < 2e-3 * exact).all()
+
+
+def test_chips_older_than_the_kernels_take_the_reference(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5) if device.index == 6 else (9, 0))
+    with free_choice():
+        assert backends.choose("info_nce", torch.device("cuda", 6), torch.float32) == "reference"
+        assert backends.choose("info_nce", torch.device("cuda", 7), torch.float32) == "triton"
+    with use_backend("triton"), pytest.raises(ValueError, match="sm_75"):
+        backends.choose("info_nce", torch.device("cuda", 6), torch.float32)
