@@ -43,7 +43,7 @@ def info_nce(
             tensor is clamped. With count 0, or M = 0, the loss is 0.
 
     Returns:
-        The loss, in the dtype of `query`.
+        The loss, in the dtype of `query`. Under autocast the dtypes may differ, and the loss is float32.
 
     Raises:
         ValueError: shapes, dtypes, reduction, negative_mode or valid do not fit; the message says which.
@@ -53,6 +53,8 @@ def info_nce(
         >>> query, key, queue = torch.randn(32, 128), torch.randn(32, 128), torch.randn(4096, 128)
         >>> loss = info_nce(query, key, queue, temperature=0.2)
     """
+    if reference.autocast(query):
+        query, positive_key = info_nce_inputs.widened(query, positive_key, negative_keys)
     info_nce_inputs.check(query, positive_key, negative_keys, temperature, reduction, negative_mode, valid)
     if valid is not None and negative_keys is not None:
         valid = info_nce_inputs.reduced(valid, negative_keys.shape[0])
@@ -133,7 +135,7 @@ def _fused(
         losses = losses.mean()
     elif reduction == "sum":
         losses = losses.sum()
-    return losses.to(query.dtype)
+    return losses.to(reference.loss_dtype(query))
 
 
 def _on(device: torch.device, value: int | Tensor) -> Tensor:

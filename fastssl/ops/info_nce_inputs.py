@@ -122,6 +122,14 @@ def _is_index(value: object) -> bool:
     return isinstance(value, (Integral, torch.SymInt)) and not isinstance(value, bool)
 
 
+def widened(query: Tensor, positive_key: Tensor, negative_keys: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Query and positive key in the widest dtype of all, which rounds nothing: autocast leaves a mixture of them."""
+    dtype = torch.promote_types(query.dtype, positive_key.dtype)
+    if negative_keys is not None and negative_keys.dtype != dtype and dtype != torch.float32:
+        dtype = torch.promote_types(dtype, negative_keys.dtype)
+    return query.to(dtype), positive_key.to(dtype)
+
+
 def reduced(valid: Valid, rows: int) -> Valid:
     """The same range with a plain int `first` in 0…M-1, so that any int will do."""
     first, count = (v if isinstance(v, (Tensor, torch.SymInt)) else operator.index(v) for v in valid)

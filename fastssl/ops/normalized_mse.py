@@ -19,7 +19,7 @@ def normalized_mse(prediction: Tensor, target: Tensor) -> Tensor:
         target: N×D, of the same dtype.
 
     Returns:
-        N losses in 0…4.
+        N losses in 0…4, in the dtype of `prediction`; under autocast, float32.
 
     Raises:
         ValueError: shapes, dtypes or devices differ, or are none of the above.
@@ -49,7 +49,7 @@ def _fused(name: str, prediction: Tensor, target: Tensor) -> Tensor:
     library.refuse_forward_mode("normalized_mse", prediction, target)
     gradients = torch.is_grad_enabled() and prediction.requires_grad
     loss: Tensor = library.call("normalized_mse", name, prediction, target.detach(), gradients)[0]
-    return loss.to(prediction.dtype)
+    return loss.to(reference.loss_dtype(prediction))
 
 
 def _fake(prediction: Tensor, target: Tensor, gradients: bool) -> tuple[Tensor, Tensor]:

@@ -22,9 +22,7 @@ def info_nce(
     valid: Valid | None,
 ) -> Tensor:
     """Normalise, multiply, and take the cross-entropy of the positive among all keys; half inputs in float32."""
-    dtype = query.dtype
-    if isinstance(temperature, Tensor) and temperature.dim() > 0:
-        dtype = torch.promote_types(dtype, temperature.dtype)
+    dtype = loss_dtype(query, temperature)
     device = "cpu" if query.is_meta else query.device.type  # which has no autocast
     with torch.autocast(device, enabled=False):  # it would round the product's factors to half
         query = F.normalize(in_float(query), dim=-1)  # N×D
@@ -49,6 +47,19 @@ def info_nce(
         return F.cross_entropy(logits, labels, reduction=reduction).to(dtype)
 
 
+def loss_dtype(query: Tensor, temperature: float | Tensor = 1.0) -> torch.dtype:
+    """The query's dtype; float32 for a half one under autocast, like torch's losses; a wide temperature widens it."""
+    dtype = query.dtype
+    if isinstance(temperature, Tensor) and temperature.dim() > 0:
+        dtype = torch.promote_types(dtype, temperature.dtype)
+    return torch.promote_types(dtype, torch.float32) if autocast(query) else dtype
+
+
+def autocast(x: Tensor) -> bool:
+    """Whether autocast is on for the device of `x`."""
+    return not x.is_meta and torch.is_autocast_enabled(x.device.type)
+
+
 def in_float(x: Tensor) -> Tensor:
     """Half tensors as float32: normalising loses no digits there, and eps 1e-12 is not 0."""
     return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
@@ -64,7 +75,7 @@ def valid_rows(valid: Valid, rows: int, device: torch.device) -> Tensor:
 def normalized_mse(prediction: Tensor, target: Tensor) -> Tensor:
     """‖p/‖p‖ − z/‖z‖‖² = 2 − 2·cos(p, z) per row, as a sum of squares: never negative, and exact near 0."""
     p, z = F.normalize(in_float(prediction), dim=-1), F.normalize(in_float(target.detach()), dim=-1)
-    return (p - z).square().sum(-1).to(prediction.dtype)
+    return (p - z).square().sum(-1).to(loss_dtype(prediction))
 
 
 @torch.no_grad()

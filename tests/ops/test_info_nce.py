@@ -111,8 +111,8 @@ def test_autocast_and_half_inputs_lose_nothing_inside(dtype: torch.dtype, genera
             loss = info_nce(query, positive, negatives, 0.01, "none")
         exact = None if negatives is None else negatives.double()
         expected = info_nce(query.double(), positive.double(), exact, 0.01, "none")
-        assert loss.dtype == dtype
-        assert torch.allclose(loss.double(), expected, rtol=torch.finfo(dtype).eps, atol=1e-4)
+        assert loss.dtype == torch.float32
+        assert torch.allclose(loss.double(), expected, rtol=1e-5, atol=1e-4)
 
 
 def test_zero_rows_are_finite_in_half(generator: torch.Generator) -> None:

@@ -185,13 +185,34 @@ def test_forward_mode_is_refused(which: str) -> None:
         )
 
 
-def test_autocast_changes_nothing() -> None:
+def test_autocast_only_widens_the_loss() -> None:
     for dtype in (torch.float32, torch.bfloat16):
         tensors: Inputs = {k: None if t is None else t.detach().to(dtype) for k, t in inputs("unpaired").items()}
         with torch.autocast(torch.get_default_device().type, torch.bfloat16):
             inside = loss_of(tensors, "unpaired"), normalized_mse(tensors["query"], tensors["positive_key"])
-        assert inside[0].dtype == inside[1].dtype == dtype
-        assert torch.equal(inside[0], loss_of(tensors, "unpaired"))
+        assert inside[0].dtype == inside[1].dtype == torch.float32
+        assert torch.equal(inside[0].to(dtype), loss_of(tensors, "unpaired"))
+
+
+def test_autocast_takes_what_it_makes_of_a_training_loop() -> None:
+    """Half queries from the networks, a float32 queue: as the package, whose products autocast casts."""
+    q, k, n = inputs("unpaired", n=8, m=30, d=16).values()
+    device = torch.get_default_device().type
+    for dtypes in ((torch.bfloat16, torch.bfloat16, torch.float32), (torch.float32, torch.bfloat16, torch.bfloat16)):
+        query, positive, negatives = (t.detach().to(dtype) for t, dtype in zip((q, k, n), dtypes, strict=True))
+        query.requires_grad_()
+        with torch.autocast(device, torch.bfloat16):
+            loss = info_nce(query, positive, negatives)
+        exact = [t.detach().double().requires_grad_() for t in (query, positive, negatives)]
+        with use_backend("reference"):
+            expected = info_nce(*exact)
+        assert loss.dtype == torch.float32
+        assert torch.allclose(loss.double(), expected, rtol=1e-4)
+        [gradient] = torch.autograd.grad(loss, query)
+        assert gradient.dtype == query.dtype
+        assert torch.allclose(gradient.double(), torch.autograd.grad(expected, exact[0])[0], atol=2e-2)
+        with pytest.raises(ValueError, match="dtype"):
+            info_nce(query, positive, negatives)
 
 
 def step(mode: str | None, valid: Any) -> Callable[..., Tensor]:
