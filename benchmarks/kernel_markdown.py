@@ -1,10 +1,6 @@
 """The kernel report for people: Markdown made of nothing but the report's JSON."""
 
-from typing import Any
-
-from benchmarks.roofline import MOCO
-
-Row = dict[str, Any]
+from benchmarks.roofline import MOCO, Row
 
 
 def table(rows: list[Row]) -> list[str]:

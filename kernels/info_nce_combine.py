@@ -8,30 +8,12 @@ from fastssl.kernels.launch import chip, launch
 from fastssl.kernels.rows import (
     FLOOR,
     LN_2,
-    inverse,
     inverse_temperature,
-    norm,
-    power_of_two,
     softplus_and_sigmoid,
     through_norm,
+    unit_rows,
 )
 from torch import Tensor
-
-
-@triton.jit
-def unit_row(x: tl.tensor) -> tl.tensor:
-    """x/‖x‖ and ‖x‖ of one row; scaled first, for the inverse of a huge norm would be a denormal."""
-    length = norm(x, 0)
-    scale = power_of_two(length)
-    return (x * scale) * (inverse(length) / scale), length
-
-
-@triton.jit
-def unit_rows(x: tl.tensor) -> tl.tensor:
-    """x/‖x‖ and ‖x‖ of each row; scaled first, for the inverse of a huge norm would be a denormal."""
-    length = norm(x, 1)
-    scale = power_of_two(length)
-    return (x * scale[:, None]) * (inverse(length) / scale)[:, None], length
 
 
 @triton.jit(do_not_specialize=["rows", "splits"])

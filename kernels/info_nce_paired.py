@@ -4,9 +4,8 @@ import torch
 import triton
 import triton.language as tl
 from fastssl.kernels import config
-from fastssl.kernels.info_nce_combine import unit_row
 from fastssl.kernels.launch import chip, launch
-from fastssl.kernels.rows import FLOOR, LOG2_E, inverse, inverse_temperature, norm
+from fastssl.kernels.rows import FLOOR, LOG2_E, inverse, inverse_temperature, norm, unit_row
 from torch import Tensor
 
 

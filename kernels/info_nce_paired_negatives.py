@@ -3,9 +3,8 @@
 import triton
 import triton.language as tl
 from fastssl.kernels import config
-from fastssl.kernels.info_nce_combine import unit_row
 from fastssl.kernels.launch import chip, launch
-from fastssl.kernels.rows import LOG2_E, inverse, inverse_temperature, norm, power_of_two, through_norm
+from fastssl.kernels.rows import LOG2_E, inverse, inverse_temperature, norm, power_of_two, through_norm, unit_row
 from torch import Tensor
 
 

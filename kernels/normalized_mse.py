@@ -4,9 +4,8 @@ import torch
 import triton
 import triton.language as tl
 from fastssl.kernels import config
-from fastssl.kernels.info_nce_combine import unit_row
 from fastssl.kernels.launch import launch
-from fastssl.kernels.rows import through_norm
+from fastssl.kernels.rows import through_norm, unit_row
 from torch import Tensor
 
 

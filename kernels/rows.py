@@ -70,6 +70,22 @@ def power_of_two(norms: tl.tensor) -> tl.tensor:
 
 
 @triton.jit
+def unit_row(x: tl.tensor) -> tl.tensor:
+    """x/‖x‖ and ‖x‖ of one row; scaled first, for the inverse of a huge norm would be a denormal."""
+    length = norm(x, 0)
+    scale = power_of_two(length)
+    return (x * scale) * (inverse(length) / scale), length
+
+
+@triton.jit
+def unit_rows(x: tl.tensor) -> tl.tensor:
+    """x/‖x‖ and ‖x‖ of each row; scaled first, for the inverse of a huge norm would be a denormal."""
+    length = norm(x, 1)
+    scale = power_of_two(length)
+    return (x * scale[:, None]) * (inverse(length) / scale)[:, None], length
+
+
+@triton.jit
 def through_norm(gradient: tl.tensor, unit: tl.tensor, along: tl.tensor, norms: tl.tensor) -> tl.tensor:
     """The gradient of a row from that of its direction `unit`; `along` is their product gradient·unit."""
     tangent = (gradient - along * unit) / tl.maximum(norms, EPS)

@@ -10,6 +10,7 @@ from fastssl import ops
 from fastssl.errors import FastsslError
 from fastssl.methods.momentum import keep_buffers_local, momentum_copy
 from fastssl.models import byol_head, feature_dim
+from fastssl.ops.reference import in_float
 
 
 class BYOL(nn.Module):
@@ -88,6 +89,4 @@ class BYOL(nn.Module):
         q = self.predictor(self.online(view))  # predictions: N×D
         with torch.no_grad():
             z = self.target(other)  # target projections: N×D
-        if q.dtype in (torch.float16, torch.bfloat16):  # under autocast; the loss is in float32
-            q, z = q.float(), z.float()
-        return ops.normalized_mse(q, z).mean()
+        return ops.normalized_mse(in_float(q), in_float(z)).mean()  # half under autocast; the loss is not

@@ -2,7 +2,6 @@
 
 from collections.abc import Iterable
 
-import torch
 from torch import Tensor
 
 from fastssl.errors import FastsslError
@@ -51,7 +50,7 @@ def ema_update_(
                     f"{name} {tuple(other.shape)} on {other.device}"
                 )
     for i, target in enumerate(targets):
-        if target.dtype in (torch.float16, torch.bfloat16):
+        if target.dtype in reference.HALF:
             raise FastsslError(f"target {i} is {target.dtype}, too coarse to move at m near 1: keep targets in float32")
     if targets:
         run = backend.implementation("ema_update_", targets[0].device, targets[0].dtype)

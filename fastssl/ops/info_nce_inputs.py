@@ -9,9 +9,8 @@ from torch import Tensor
 
 from fastssl.errors import FastsslError
 from fastssl.ops import library
-from fastssl.ops.reference import Valid
+from fastssl.ops.reference import HALF, Valid
 
-HALF = (torch.float16, torch.bfloat16)
 SMALLEST = torch.finfo(torch.float32).tiny  # below, a temperature is 0 in float32
 
 

@@ -8,6 +8,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
+HALF = (torch.float16, torch.bfloat16)
 Valid = tuple[int | Tensor, int | Tensor]
 
 
@@ -62,7 +63,7 @@ def autocast(x: Tensor) -> bool:
 
 def in_float(x: Tensor) -> Tensor:
     """Half tensors as float32: normalising loses no digits there, and eps 1e-12 is not 0."""
-    return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
+    return x.float() if x.dtype in HALF else x
 
 
 def valid_rows(valid: Valid, rows: int, device: torch.device) -> Tensor:
