@@ -1,7 +1,7 @@
 """Ops of torch.library: for each backend one of the same schema, with a fake kernel and an autograd formula."""
 
 from collections.abc import Callable
-from functools import cache
+from functools import cache, partial
 from importlib import import_module
 from typing import Any
 
@@ -31,7 +31,7 @@ def define(
     """Define the ops ``fastssl::{name}_native`` and ``fastssl::{name}_triton``.
 
     The native kernel registers itself when the extension is loaded. Neither is an autocast op: the kernels take half
-    inputs and compute in float32, so autocast has nothing to change.
+    inputs and compute in float32; what autocast does to a loss's dtype, the public functions do.
 
     Args:
         name: of the op, without the backend.
@@ -61,14 +61,10 @@ def define(
 
 def implementations(function: Callable[..., Any]) -> dict[str, Implementation]:
     """The fused backends of an op, whose `function` takes the backend's name first."""
-
-    def bind(backend: str) -> Callable[..., Any]:
-        return lambda *arguments: function(backend, *arguments)
-
     triton_devices = frozenset({"cuda", "cpu"} if interpreted() else {"cuda"})
     return {
-        "native": Implementation(bind("native"), frozenset({"cpu"}), DTYPES, _extension.missing()),
-        "triton": Implementation(bind("triton"), triton_devices, DTYPES, unavailable(), _too_old),
+        "native": Implementation(partial(function, "native"), frozenset({"cpu"}), DTYPES, _extension.missing()),
+        "triton": Implementation(partial(function, "triton"), triton_devices, DTYPES, unavailable(), _too_old),
     }
 
 

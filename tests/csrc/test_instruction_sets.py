@@ -2,6 +2,7 @@
 
 import os
 import platform
+import shutil
 import subprocess
 import sys
 
@@ -10,7 +11,15 @@ import torch
 
 from fastssl import _extension
 
-pytestmark = pytest.mark.skipif(_extension.missing() is not None, reason="the extension is missing")
+needs_extension = pytest.mark.skipif(_extension.missing() is not None, reason="the extension is missing")
+COMPILER = shutil.which(os.environ.get("CXX", "c++"))
+
+
+@pytest.mark.skipif(COMPILER is None, reason="there is no C++ compiler")
+def test_the_extension_is_there_where_it_can_be_built() -> None:
+    """Else the ops fall back to `reference`, and every test of the native kernels passes without them."""
+    assert _extension.missing() is None
+
 
 CHECK = """
 import torch
@@ -39,6 +48,7 @@ for dtype, tolerance in ((torch.float32, 1e-5), (torch.bfloat16, 2e-2)):
 """
 
 
+@needs_extension
 @pytest.mark.skipif(platform.machine() != "x86_64", reason="other processors have one instruction set")
 @pytest.mark.parametrize(  # with the best one all other tests run
     ("capability", "kernels"), [("DEFAULT", "baseline"), ("AVX2", "avx2"), ("AVX512", "avx512")]
@@ -53,6 +63,7 @@ def test_older_processors_compute_the_same(capability: str, kernels: str) -> Non
     assert result.returncode == 0, result.stderr
 
 
+@needs_extension
 def test_all_threads_take_part() -> None:
     """Without OpenMP at compile time, ATen's loops run on one thread and nobody notices."""
     info = _extension.build_info()
