@@ -45,6 +45,12 @@ def missing() -> str | None:
     return _load()[1]
 
 
+def missing_cuda() -> str | None:
+    """Why the extension's CUDA kernels cannot be used, or None when they can."""
+    info, why = _load()
+    return why if info is None else None if info["cuda"] else "the extension was built without CUDA"
+
+
 @cache
 def warn_once() -> None:
     """Warn, once in a process, that a part is missing which would make the ops faster here."""

@@ -15,7 +15,8 @@ from fastssl.kernels import interpreted, unavailable
 from fastssl.ops.backend import Implementation
 
 LIBRARY = torch.library.Library("fastssl", "FRAGMENT")
-FUSED = ("native", "triton")
+FUSED = ("native", "triton")  # C++ for CPUs, Triton for GPUs
+COMPILED = ("native", "cuda")  # C++ for both
 DTYPES = frozenset({torch.float32, torch.bfloat16, torch.float16})
 
 
@@ -23,31 +24,27 @@ def define(
     name: str,
     schema: str,
     *,
-    kernel: str,
+    kernel: str | None = None,
     fake: Callable[..., Any],
     setup_context: Callable[..., None] | None = None,
     backward: Callable[[str], Callable[..., Any]] | None = None,
 ) -> None:
-    """Define the ops ``fastssl::{name}_native`` and ``fastssl::{name}_triton``.
+    """Define the ops ``fastssl::{name}_native`` and ``fastssl::{name}_triton`` or, without `kernel`, ``..._cuda``.
 
-    The native kernel registers itself when the extension is loaded. Neither is an autocast op: the kernels take half
+    The compiled kernels register themselves when the extension is loaded. None is an autocast op: the kernels take half
     inputs and compute in float32; what autocast does to a loss's dtype, the public functions do.
 
     Args:
         name: of the op, without the backend.
         schema: arguments and results, in the dispatcher's language.
-        kernel: the Triton launcher, as "module.function" below fastssl.kernels; imported at the first call.
+        kernel: the Triton launcher, as "module.function" below fastssl.kernels; imported at the first call. None
+            if the GPU's kernel is compiled too.
         fake: the results' shapes and dtypes.
         setup_context: as in `torch.library.register_autograd`.
         backward: given the backend's name, the formula as in `torch.library.register_autograd`. Without one, the
             op is itself part of a backward, and an error when that is differentiated.
     """
-    module, function = kernel.rsplit(".", 1)
-
-    def launch(*arguments: Any) -> Any:
-        return getattr(import_module(f"fastssl.kernels.{module}"), function)(*arguments)
-
-    for backend in FUSED:
+    for backend in FUSED if kernel else COMPILED:
         op = f"{name}_{backend}"
         LIBRARY.define(op + schema, tags=(torch.Tag.pt2_compliant_tag,))
         torch.library.register_fake(f"fastssl::{op}", fake, lib=LIBRARY)
@@ -55,16 +52,31 @@ def define(
         torch.library.register_autograd(f"fastssl::{op}", formula, setup_context=setup_context, lib=LIBRARY)
         if backward is None:
             torch.library.register_vmap(f"fastssl::{op}", one_by_one(getattr(torch.ops.fastssl, op)), lib=LIBRARY)
+    if kernel is None:
+        return
+    module, function = kernel.rsplit(".", 1)
+
+    def launch(*arguments: Any) -> Any:
+        return getattr(import_module(f"fastssl.kernels.{module}"), function)(*arguments)
+
     for key in ("CUDA", "CPU") if interpreted() else ("CUDA",):
         LIBRARY.impl(f"{name}_triton", launch, key)
 
 
 def implementations(function: Callable[..., Any]) -> dict[str, Implementation]:
-    """The fused backends of an op, whose `function` takes the backend's name first."""
+    """The backends of an op with a Triton kernel; `function` takes the backend's name first."""
     triton_devices = frozenset({"cuda", "cpu"} if interpreted() else {"cuda"})
     return {
         "native": Implementation(partial(function, "native"), frozenset({"cpu"}), DTYPES, _extension.missing()),
         "triton": Implementation(partial(function, "triton"), triton_devices, DTYPES, unavailable(), _too_old),
+    }
+
+
+def compiled_implementations(function: Callable[..., Any]) -> dict[str, Implementation]:
+    """The backends of an op without one, for tensors of any dtype; `function` takes the backend's name first."""
+    return {
+        "native": Implementation(partial(function, "native"), frozenset({"cpu"}), missing=_extension.missing()),
+        "cuda": Implementation(partial(function, "cuda"), frozenset({"cuda"}), missing=_extension.missing_cuda()),
     }
 
 
