@@ -96,26 +96,26 @@ class MoCo(nn.Module):
     def after_step(self) -> None:
         """To be called after ``optimizer.step()``: momentum update, then enqueue, as in the paper's Algorithm 1."""
         ops.ema_update_(self.encoder_k.parameters(), self.encoder_q.parameters(), self.momentum)
-        if self._stash:
-            self.queue.enqueue_(torch.cat(self._stash))
-            self._stash.clear()
+        for keys in self._stash:
+            self.queue.enqueue_(keys)
+        self._stash.clear()
 
     def _contrast(self, view_q: Tensor, view_k: Tensor) -> Tensor:
-        q = self.encoder_q(view_q)  # queries: N×D
-        k = self._keys(view_k)  # keys: N×D
+        if self.training:
+            # Shuffle-BN: a key must not share its batch statistics with its query, or they give it away.
+            shuffled, handle = ops.shuffle_batch(view_k, generator=self._generator)  # under way while q is computed
+            q = self.encoder_q(view_q)  # queries: N×D
+            handle.wait()
+            with torch.no_grad():
+                # keys: N×D, and those of all ranks for the queue
+                k, everyone = ops.unshuffle_and_gather(self.encoder_k(shuffled), handle)
+            self._stash.append(everyone)
+        else:  # a validation loss leaves no keys behind
+            q = self.encoder_q(view_q)  # queries: N×D
+            with torch.no_grad():
+                k = self.encoder_k(view_k)  # keys: N×D
         q, k = q.to(self.queue.keys.dtype), k.to(self.queue.keys.dtype)  # half under autocast; the loss is not
-        if self.training:  # a validation loss leaves no keys behind
-            self._stash.append(k)
         return ops.info_nce(q, k, self.queue.keys, self.temperature, negatives_normalized=True, valid=self.queue.valid)
-
-    @torch.no_grad()
-    def _keys(self, view_k: Tensor) -> Tensor:
-        if not self.training:
-            return self.encoder_k(view_k)
-        # Shuffle-BN: a key must not share its batch statistics with its query, or they give it away.
-        shuffled, handle = ops.shuffle_batch(view_k, generator=self._generator)
-        handle.wait()
-        return ops.unshuffle_batch(self.encoder_k(shuffled), handle)
 
     def get_extra_state(self) -> Any:
         """The state of the permutations, so that a resumed run goes on with the same ones."""

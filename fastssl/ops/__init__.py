@@ -6,7 +6,7 @@ from fastssl.ops.ema import ema_update_
 from fastssl.ops.info_nce import InfoNCE, info_nce
 from fastssl.ops.normalized_mse import normalized_mse
 from fastssl.ops.queue import KeyQueue
-from fastssl.ops.shuffle import shuffle_batch, unshuffle_batch
+from fastssl.ops.shuffle import shuffle_batch, unshuffle_and_gather, unshuffle_batch
 
 _extension.warn_once()
 
@@ -17,6 +17,7 @@ __all__ = [
     "info_nce",
     "normalized_mse",
     "shuffle_batch",
+    "unshuffle_and_gather",
     "unshuffle_batch",
     "use_backend",
 ]

@@ -2,14 +2,13 @@
 
 from collections.abc import Iterable
 
+import torch
 from torch import Tensor
 
-from fastssl.errors import FastsslError
-from fastssl.ops import backend, reference
-
-backend.register("ema_update_", "reference", backend.Implementation(reference.ema_update_))
+from fastssl.ops import backend, ema_inputs, library, reference
 
 
+@torch.no_grad()
 def ema_update_(
     targets: Iterable[Tensor],
     sources: Iterable[Tensor],
@@ -19,15 +18,21 @@ def ema_update_(
 ) -> None:
     """θ_k ← m·θ_k + (1-m)·θ_q in place (MoCo, arXiv:1911.05722, eq. 2).
 
+    All tensors are updated in one pass: one kernel launch on a GPU, and no synchronisation, so a CUDA graph can capture
+    it. The memory addresses are read at every call.
+
     Args:
-        targets: tensors to update, float32 or float64 (integer ones are copied).
-        sources: as many tensors of the same shapes; bfloat16 and float16 are allowed.
-        momentum: m in 0…1, a float or a 0-d tensor on the targets' device.
-        shadows: as many tensors that receive the updated values in their own dtype.
+        targets: tensors to update, float32 or float64; integer and bool ones are copied. Any strides.
+        sources: as many tensors of the same shapes, float32, float64, bfloat16 or float16; for an integer target of
+            its dtype.
+        momentum: m in 0…1, a float, or a tensor of one element, which is read on its device.
+        shadows: as many tensors that receive the updated values in their own dtype, for example bfloat16 copies for
+            the forward pass.
 
     Raises:
-        ValueError: lengths, shapes or devices differ; a target is float16 or bfloat16 (at m = 0.999 the change is
-            smaller than its rounding, so it would never move); m lies outside 0…1.
+        ValueError: lengths, shapes, dtypes or devices do not fit; a target is float16 or bfloat16 (at m = 0.999 the
+            change is smaller than its rounding, so it would never move); tensors that are written share memory with
+            others; m lies outside 0…1.
 
     Example:
         >>> import torch
@@ -35,23 +40,26 @@ def ema_update_(
         >>> ema_update_(key.parameters(), query.parameters(), 0.999)
     """
     targets, sources = list(targets), list(sources)
-    copies = None if shadows is None else list(shadows)
-    if not isinstance(momentum, Tensor) and not 0 <= momentum <= 1:
-        raise FastsslError(f"momentum must lie in 0…1, got {momentum!r}")
-    for name, tensors in (("sources", sources), ("shadows", copies)):
-        if tensors is None:
-            continue
-        if len(tensors) != len(targets):
-            raise FastsslError(f"{len(targets)} targets and {len(tensors)} {name}: give as many of both")
-        for i, (target, other) in enumerate(zip(targets, tensors, strict=True)):
-            if target.shape != other.shape or target.device != other.device:
-                raise FastsslError(
-                    f"tensor {i}: target is {tuple(target.shape)} on {target.device}, "
-                    f"{name} {tuple(other.shape)} on {other.device}"
-                )
-    for i, target in enumerate(targets):
-        if target.dtype in reference.HALF:
-            raise FastsslError(f"target {i} is {target.dtype}, too coarse to move at m near 1: keep targets in float32")
+    copies = [] if shadows is None else list(shadows)
+    ema_inputs.check(targets, sources, None if shadows is None else copies, momentum)
     if targets:
         run = backend.implementation("ema_update_", targets[0].device, targets[0].dtype)
-        run(targets, sources, momentum, copies)
+        run(targets, sources, copies, momentum)
+
+
+def _fused(
+    name: str, targets: list[Tensor], sources: list[Tensor], shadows: list[Tensor], momentum: float | Tensor
+) -> None:
+    tensor = momentum.reshape(()) if isinstance(momentum, Tensor) else None
+    number = 0.0 if isinstance(momentum, Tensor) else momentum
+    library.call("ema_update", name, targets, sources, shadows, number, tensor)
+
+
+library.define(
+    "ema_update",
+    "(Tensor(a!)[] targets, Tensor[] sources, Tensor(b!)[] shadows, float momentum, Tensor? momentum_tensor) -> ()",
+    fake=lambda *_: None,
+)
+for _name, _implementation in library.compiled_implementations(_fused).items():
+    backend.register("ema_update_", _name, _implementation)
+backend.register("ema_update_", "reference", backend.Implementation(reference.ema_update_))

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
+from torch.autograd.graph import increment_version
 
 from fastssl import _extension
 from fastssl.errors import FastsslError
@@ -48,6 +49,9 @@ def define(
         op = f"{name}_{backend}"
         LIBRARY.define(op + schema, tags=(torch.Tag.pt2_compliant_tag,))
         torch.library.register_fake(f"fastssl::{op}", fake, lib=LIBRARY)
+        if "!" in schema:
+            LIBRARY.impl(op, _in_place(getattr(torch.ops.fastssl, op).default), "ADInplaceOrView", with_keyset=True)
+            continue
         formula = _refuse_second_derivative if backward is None else backward(backend)
         torch.library.register_autograd(f"fastssl::{op}", formula, setup_context=setup_context, lib=LIBRARY)
         if backward is None:
@@ -61,6 +65,19 @@ def define(
 
     for key in ("CUDA", "CPU") if interpreted() else ("CUDA",):
         LIBRARY.impl(f"{name}_triton", launch, key)
+
+
+def _in_place(op: Any) -> Callable[..., None]:
+    """What autograd must know of an op that writes to its arguments: that tensors saved for backward have changed."""
+    written = [i for i, a in enumerate(op._schema.arguments) if a.alias_info is not None and a.alias_info.is_write]
+
+    def bump_versions(keys: Any, *arguments: Any) -> None:
+        for i in written:
+            increment_version(arguments[i])
+        with torch._C._AutoDispatchBelowADInplaceOrView():
+            op.redispatch(keys & torch._C._after_ADInplaceOrView_keyset, *arguments)
+
+    return bump_versions
 
 
 def implementations(function: Callable[..., Any]) -> dict[str, Implementation]:

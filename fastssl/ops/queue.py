@@ -1,20 +1,21 @@
 """The queue of keys: a ring buffer on the device, enqueued and dequeued in place."""
 
+from functools import partial
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastssl.errors import FastsslError
-from fastssl.ops import backend, reference
-
-backend.register("key_queue", "reference", backend.Implementation(reference.enqueue_))
+from fastssl.ops import backend, library, reference
 
 
 class KeyQueue(nn.Module):
     """First in, first out over normalised keys (MoCo, arXiv:1911.05722, section 3.2); any batch, any capacity.
 
     The row `tail` is the oldest, the next write goes to row (tail + filled) mod capacity. All state lies in buffers on
-    the device and nothing is read back to the host, so a step can be captured in a CUDA graph.
+    the device and nothing is read back to the host, so a step can be captured in a CUDA graph. What `enqueue_` costs
+    does not depend on the capacity: one kernel normalises, casts, writes in place and moves tail and filled.
 
     Args:
         capacity: K, rows; no multiple of the batch is needed.
@@ -39,6 +40,7 @@ class KeyQueue(nn.Module):
     keys: Tensor
     tail: Tensor
     filled: Tensor
+    arrived: Tensor
 
     def __init__(
         self,
@@ -64,6 +66,8 @@ class KeyQueue(nn.Module):
         self.register_buffer("keys", keys)
         self.register_buffer("tail", torch.zeros((), dtype=torch.int64, device=device))
         self.register_buffer("filled", torch.tensor(capacity if fill == "random" else 0, device=device))
+        # Counts the programs of a launch that are done, on GPUs; 0 between calls.
+        self.register_buffer("arrived", torch.zeros((), dtype=torch.int32, device=device), persistent=False)
 
     @property
     def capacity(self) -> int:
@@ -75,19 +79,24 @@ class KeyQueue(nn.Module):
         """(tail, filled) for ``info_nce(..., valid=queue.valid)``."""
         return self.tail, self.filled
 
+    @torch.no_grad()
     def enqueue_(self, keys: Tensor) -> None:
         """Normalise, cast and write `keys` (N×D) behind the newest row; of more than `capacity`, the newest stay.
 
         Raises:
-            ValueError: `keys` is not N×D.
+            ValueError: `keys` is not N×D of a floating dtype, or on another device.
         """
         if keys.dim() != 2 or keys.shape[1] != self.keys.shape[1] or not keys.is_floating_point():
             raise FastsslError(
                 f"keys must be N×{self.keys.shape[1]} of a floating dtype, got {tuple(keys.shape)}, {keys.dtype}"
             )
-        run = backend.implementation("key_queue", self.keys.device, self.keys.dtype)
-        run(self.keys, self.tail, self.filled, keys)
+        if keys.device != self.keys.device:
+            raise FastsslError(f"keys are on {keys.device} and the queue on {self.keys.device}")
+        dtype = torch.promote_types(self.keys.dtype, keys.dtype)  # float64 on either side is left to `reference`
+        run = backend.implementation("enqueue_", self.keys.device, dtype)
+        run(self.keys, self.tail, self.filled, self.arrived, keys)
 
+    @torch.no_grad()
     def dequeue_(self, count: int) -> None:
         """Drop the `count` oldest rows; all of them if there are fewer.
 
@@ -96,7 +105,8 @@ class KeyQueue(nn.Module):
         """
         if count < 0:
             raise FastsslError(f"count must be 0 or more, got {count}")
-        reference.dequeue_(self.capacity, self.tail, self.filled, count)
+        run = backend.implementation("dequeue_", self.keys.device, self.keys.dtype)
+        run(self.tail, self.filled, self.capacity, count)
 
     def extra_repr(self) -> str:
         """Capacity, dim and dtype."""
@@ -110,3 +120,21 @@ class KeyQueue(nn.Module):
                 "saved capacity, or make a new one with fill='empty' and enqueue_ the saved rows"
             )
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+
+
+library.define(
+    "enqueue",
+    "(Tensor(a!) queue, Tensor(b!) tail, Tensor(c!) filled, Tensor(d!) arrived, Tensor keys) -> ()",
+    kernel="key_queue.enqueue",
+    fake=lambda *_: None,
+)
+library.define(
+    "dequeue",
+    "(Tensor(a!) tail, Tensor(b!) filled, int capacity, int count) -> ()",
+    kernel="key_queue.dequeue",
+    fake=lambda *_: None,
+)
+for _op, _reference in (("enqueue", reference.enqueue_), ("dequeue", reference.dequeue_)):
+    for _name, _implementation in library.implementations(partial(library.call, _op)).items():
+        backend.register(f"{_op}_", _name, _implementation)
+    backend.register(f"{_op}_", "reference", backend.Implementation(_reference))

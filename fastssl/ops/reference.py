@@ -8,6 +8,8 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
+from fastssl.ops.deal import Deal
+
 HALF = (torch.float16, torch.bfloat16)
 Valid = tuple[int | Tensor, int | Tensor]
 
@@ -80,22 +82,23 @@ def normalized_mse(prediction: Tensor, target: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def ema_update_(
-    targets: list[Tensor], sources: list[Tensor], momentum: float | Tensor, shadows: list[Tensor] | None
-) -> None:
+def ema_update_(targets: list[Tensor], sources: list[Tensor], shadows: list[Tensor], momentum: float | Tensor) -> None:
     """θ_k ← m·θ_k + (1−m)·θ_q, tensor by tensor."""
-    for i, (target, source) in enumerate(zip(targets, sources, strict=True)):
+    for target, source in zip(targets, sources, strict=True):
         if target.is_floating_point():
             target.mul_(momentum).add_(source.to(target.dtype) * (1 - momentum))
         else:
             target.copy_(source)
-        if shadows is not None:
-            shadows[i].copy_(target)
+    for target, shadow in zip(targets, shadows, strict=bool(shadows)):
+        shadow.copy_(target)
 
 
 @torch.no_grad()
-def enqueue_(queue: Tensor, tail: Tensor, filled: Tensor, keys: Tensor) -> None:
-    """Write normalised `keys` behind the newest row, wrapping; what does not fit pushes the oldest rows out."""
+def enqueue_(queue: Tensor, tail: Tensor, filled: Tensor, arrived: Tensor, keys: Tensor) -> None:
+    """Write normalised `keys` behind the newest row, wrapping; what does not fit pushes the oldest rows out.
+
+    `arrived` is the GPU kernel's.
+    """
     capacity, count = len(queue), len(keys)
     kept = keys[max(0, count - capacity) :]  # of more keys than rows, the newest stay
     first = tail + filled + (count - len(kept))
@@ -107,26 +110,32 @@ def enqueue_(queue: Tensor, tail: Tensor, filled: Tensor, keys: Tensor) -> None:
 
 
 @torch.no_grad()
-def dequeue_(capacity: int, tail: Tensor, filled: Tensor, count: int) -> None:
+def dequeue_(tail: Tensor, filled: Tensor, capacity: int, count: int) -> None:
     """Drop the `count` oldest rows, or all if there are fewer."""
     dropped = filled.clamp(max=count)
     tail.copy_((tail + dropped) % capacity)
     filled.sub_(dropped)
 
 
-def shuffle_batch(x: Tensor, source: Tensor, group: dist.ProcessGroup | None) -> Tensor:
-    """The rows `source` (indices into the global batch, rank by rank) of `x`, gathered whole from every rank."""
-    return gather(x, group)[source]
+def shuffle_batch(x: Tensor, deal: Deal, group: dist.ProcessGroup | None) -> Tensor:
+    """Of the batches of all ranks, gathered whole, the rows that this one is dealt."""
+    return gather(x, group)[deal.arriving.to(x.device)]
+
+
+def unshuffle_batch(keys: Tensor, deal: Deal, group: dist.ProcessGroup | None) -> Tensor:
+    """Of the shuffled batches of all ranks, gathered whole, the rows that were this rank's."""
+    return gather(keys, group)[deal.places.to(keys.device)]
 
 
 def gather(x: Tensor, group: dist.ProcessGroup | None) -> Tensor:
     """All ranks' rows in the order of ranks; without a process group, `x` itself. No gradient flows."""
     if world_size(group) == 1:
         return x
-    x = x.contiguous()
-    parts = [torch.empty_like(x) for _ in range(world_size(group))]
-    dist.all_gather(parts, x, group=group)
-    return torch.cat(parts)
+    rows = x.new_empty((world_size(group) * x.shape[0], *x.shape[1:]))
+    # torch 2.14 renamed it
+    all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+    all_gather(rows, x.contiguous(), group=group)
+    return rows
 
 
 def world_size(group: dist.ProcessGroup | None) -> int:

@@ -1,5 +1,7 @@
 """Shuffle-BN: deal the rows of the global batch out to the ranks anew, and bring the keys back."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import torch
@@ -7,20 +9,30 @@ import torch.distributed as dist
 from torch import Tensor
 
 from fastssl.errors import FastsslError
-from fastssl.ops import backend, reference
-
-backend.register("shuffle_batch", "reference", backend.Implementation(reference.shuffle_batch))
+from fastssl.ops import backend, deal, library, reference
 
 
 @dataclass(frozen=True)
 class ShuffleHandle:
-    """What `unshuffle_batch` needs to undo a shuffle."""
+    """A shuffle under way, and what it takes to undo it."""
 
-    inverse: Tensor  # B: where this rank's own rows are in the shuffled global batch
+    deal: deal.Deal
     group: dist.ProcessGroup | None = field(repr=False)
+    shuffled: Tensor = field(repr=False)
+    sizes: Tensor | None = field(repr=False)  # W: the batch size of each rank, on their way to the host
 
     def wait(self) -> None:
-        """Return when the shuffled rows may be read."""
+        """Return when the shuffled rows may be read: on the CPU when they are here, on a GPU when its stream knows.
+
+        Raises:
+            ValueError: the batch size differs between ranks.
+            RuntimeError: a rank has died or did not take part within the process group's timeout.
+        """
+        with _named("shuffle_batch"):
+            if self.sizes is not None:
+                torch.cuda.current_stream().synchronize()
+                _check_sizes(self.sizes)
+            _wait(self.shuffled)
 
 
 def shuffle_batch(
@@ -29,37 +41,38 @@ def shuffle_batch(
     """Shuffle the rows of the global batch across ranks (MoCo's shuffle-BN, arXiv:1911.05722, section 3.3).
 
     Every rank receives rows of every rank, an equal share or one more, so that no rank's batch statistics give a
-    positive pair away. One process: a local permutation.
+    positive pair away. An all-to-all moves each row once, as it is, of any dtype; it runs while you compute something
+    else, until ``handle.wait()``. One process: a local permutation.
 
     Args:
         x: B×…, this rank's rows; B must be the same on all ranks.
         generator: on the CPU and in the same state on every rank: all draw the same permutation, nothing but rows
             travels.
-        group: the process group; None is the default one.
+        group: the process group, with gloo for CPU tensors and nccl for CUDA's; None is the default one.
 
     Returns:
         The shuffled rows (B×…, no gradient; read them after ``handle.wait()``) and the handle for `unshuffle_batch`.
 
     Raises:
         ValueError: B differs between ranks.
+        RuntimeError: a rank has died or did not take part within the process group's timeout.
 
     Example:
         >>> x = torch.randn(8, 3, 32, 32)
         >>> shuffled, handle = shuffle_batch(x, generator=torch.Generator())
+        >>> handle.wait()
         >>> bool((unshuffle_batch(shuffled, handle) == x).all())
         True
     """
-    batch, world, rank = len(x), reference.world_size(group), reference.rank(group)
-    if world > 1:
-        sizes = reference.gather(torch.tensor([batch], device=x.device), group).tolist()
-        if len(set(sizes)) > 1:
-            raise FastsslError(f"shuffle_batch: batch sizes differ between ranks: {sizes}")
-    order = global_permutation(batch, world, generator)
-    inverse = order.argsort()
-    mine = slice(rank * batch, (rank + 1) * batch)
-    run = backend.implementation("shuffle_batch", x.device, x.dtype)
-    shuffled: Tensor = run(x.detach(), order[mine].to(x.device), group)
-    return shuffled, ShuffleHandle(inverse[mine].to(x.device), group)
+    if x.dim() == 0:
+        raise FastsslError("shuffle_batch: x must have rows, got a tensor without dimensions")
+    world, rank = reference.world_size(group), reference.rank(group)
+    with _named("shuffle_batch"):
+        sizes = _exchange_sizes(x, group) if world > 1 else None
+        drawn = deal.draw(len(x), world, rank, generator)
+        run = backend.implementation("shuffle_batch", x.device, x.dtype)
+        shuffled: Tensor = run(x.detach(), drawn, group)
+    return shuffled, ShuffleHandle(drawn, group, shuffled, sizes)
 
 
 def unshuffle_batch(keys: Tensor, handle: ShuffleHandle) -> Tensor:
@@ -68,23 +81,107 @@ def unshuffle_batch(keys: Tensor, handle: ShuffleHandle) -> Tensor:
     Args:
         keys: B×…, one row for each shuffled row; no gradient flows.
         handle: from `shuffle_batch`.
+
+    Raises:
+        ValueError: the number of rows is another.
+        RuntimeError: a rank has died or did not take part within the process group's timeout.
     """
-    if len(keys) != len(handle.inverse):
-        raise FastsslError(f"unshuffle_batch: {len(handle.inverse)} rows were shuffled, got {len(keys)}")
-    run = backend.implementation("shuffle_batch", keys.device, keys.dtype)
-    restored: Tensor = run(keys.detach(), handle.inverse, handle.group)
+    _check_rows("unshuffle_batch", keys, handle)
+    with _named("unshuffle_batch"):
+        run = backend.implementation("unshuffle_batch", keys.device, keys.dtype)
+        restored: Tensor = run(keys.detach(), handle.deal, handle.group)
     return restored
 
 
-def global_permutation(batch: int, world: int, generator: torch.Generator) -> Tensor:
-    """A balanced random order of the world·batch rows: entry i is the row that position i of the shuffled batch gets.
+def unshuffle_and_gather(keys: Tensor, handle: ShuffleHandle) -> tuple[Tensor, Tensor]:
+    """`unshuffle_batch` and the keys of all ranks, for a queue that is to be the same on each, in one collective.
 
-    Each rank deals ⌊batch/world⌋ of its rows to each rank, and the rows left over one each to the ranks after it.
+    Args:
+        keys: B×…, one row for each shuffled row; no gradient flows.
+        handle: from `shuffle_batch`.
+
+    Returns:
+        The rows in the order of the `x` that was shuffled (B×…), and those of all W ranks (W·B×…) in an order that is
+        the same on each; with one process, the same rows twice.
+
+    Raises:
+        ValueError: the number of rows is another.
+        RuntimeError: a rank has died or did not take part within the process group's timeout.
     """
-    dealt = []  # dealt[source][target]: rows
-    for source in range(world):
-        rows = source * batch + torch.randperm(batch, generator=generator)
-        sizes = [batch // world + ((target - source) % world < batch % world) for target in range(world)]
-        dealt.append(rows.split(sizes))
-    received = [torch.cat([dealt[source][target] for source in range(world)]) for target in range(world)]
-    return torch.cat([rows[torch.randperm(batch, generator=generator)] for rows in received])
+    _check_rows("unshuffle_and_gather", keys, handle)
+    with _named("unshuffle_and_gather"):
+        everyone = reference.gather(keys.detach(), handle.group)
+        restored = everyone.index_select(0, handle.deal.places.to(keys.device))
+    return restored, restored if handle.deal.world == 1 else everyone
+
+
+def _shuffle(name: str, x: Tensor, drawn: deal.Deal, group: dist.ProcessGroup | None) -> Tensor:
+    order, name_of_group = drawn.order.to(x.device), _group_name(group, drawn.world)
+    exchanged: Tensor = library.call("exchange_rows", name, x, order, drawn.sent, drawn.received, name_of_group)
+    return exchanged
+
+
+def _unshuffle(name: str, keys: Tensor, drawn: deal.Deal, group: dist.ProcessGroup | None) -> Tensor:
+    if drawn.world > 1:
+        name_of_group = _group_name(group, drawn.world)
+        keys = _wait(library.call("exchange_rows", name, keys, None, drawn.received, drawn.sent, name_of_group))
+    return keys.index_select(0, drawn.inverse.to(keys.device))
+
+
+def _group_name(group: dist.ProcessGroup | None, world: int) -> str:
+    """By which C++ finds the group; one process needs none."""
+    if world == 1:
+        return ""
+    name: str = (dist.group.WORLD if group is None else group).group_name  # type: ignore[union-attr]
+    return name
+
+
+def _wait(x: Tensor) -> Tensor:
+    waited: Tensor = torch.ops._c10d_functional.wait_tensor(x)
+    return waited
+
+
+def _exchange_sizes(x: Tensor, group: dist.ProcessGroup | None) -> Tensor | None:
+    """Check that batch sizes agree; on a GPU send them to the host instead, to be checked by `ShuffleHandle.wait`."""
+    sizes = reference.gather(torch.full((1,), len(x), device=x.device), group)
+    if x.device.type == "cpu":
+        _check_sizes(sizes)
+        return None
+    return sizes.to("cpu", non_blocking=True)
+
+
+def _check_sizes(sizes: Tensor) -> None:
+    if len(set(sizes.tolist())) > 1:
+        raise FastsslError(f"shuffle_batch: batch sizes differ between ranks: {sizes.tolist()}")
+
+
+def _check_rows(op: str, keys: Tensor, handle: ShuffleHandle) -> None:
+    rows = len(handle.deal.permutation)
+    if keys.dim() == 0 or len(keys) != rows:
+        raise FastsslError(f"{op}: {rows} rows were shuffled, got keys of shape {tuple(keys.shape)}")
+
+
+@contextmanager
+def _named(op: str) -> Iterator[None]:
+    """Errors of the process group do not say which op they come from."""
+    try:
+        yield
+    except RuntimeError as error:
+        raise RuntimeError(f"{op}: the exchange with the other ranks failed; has one of them died? {error}") from error
+
+
+def _fake(x: Tensor, order: Tensor | None, send: list[int], receive: list[int], group: str) -> Tensor:
+    layout = torch._prims_common.suggest_memory_format(x)
+    return torch.empty((sum(receive), *x.shape[1:]), dtype=x.dtype, device=x.device, memory_format=layout)
+
+
+library.define(
+    "exchange_rows", "(Tensor x, Tensor? order, SymInt[] send, SymInt[] receive, str group) -> Tensor", fake=_fake
+)
+for _op, _function, _reference in (
+    ("shuffle_batch", _shuffle, reference.shuffle_batch),
+    ("unshuffle_batch", _unshuffle, reference.unshuffle_batch),
+):
+    for _name, _implementation in library.compiled_implementations(_function).items():
+        backend.register(_op, _name, _implementation)
+    backend.register(_op, "reference", backend.Implementation(_reference))

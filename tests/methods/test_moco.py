@@ -114,9 +114,7 @@ def test_split_batch_norm_is_that_of_simulated_gpus() -> None:
     optimizer = torch.optim.SGD(f_q.parameters(), LR)
     mine = torch.optim.SGD(method.encoder_q.parameters(), LR)
     for x_q, x_k in views():
-        # The draws of `global_permutation` for one process: which rows go, then in which order they arrive.
         permutation = torch.randperm(N, generator=order)
-        permutation = permutation[torch.randperm(N, generator=order)]
         q = nn.functional.normalize(parts(f_q, x_q))
         with torch.no_grad():
             k = nn.functional.normalize(parts(f_k, x_k[permutation])[permutation.argsort()])

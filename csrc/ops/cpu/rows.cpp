@@ -7,12 +7,7 @@
 #include <limits>
 
 #include "exp2.h"
-
-#if defined(__x86_64__) && defined(__gnu_linux__) && !defined(__clang__)
-#define FASTSSL_VECTORISED __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
-#else
-#define FASTSSL_VECTORISED  // aarch64 has its vectors in the baseline; clang on x86 stays at SSE2 here
-#endif
+#include "vectorised.h"
 
 namespace fastssl::cpu {
 namespace {

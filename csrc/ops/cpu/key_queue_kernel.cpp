@@ -1,0 +1,49 @@
+// Enqueue and dequeue in place: nothing is allocated, and what a call costs depends on its own rows alone.
+#include <ATen/ATen.h>
+
+#include <algorithm>
+
+#include "../element_type.h"
+#include "../key_queue.h"
+#include "unit_row.h"
+#include "work.h"
+
+namespace fastssl::ops {
+namespace {
+
+constexpr int64_t kRows = 64;  // rows of a work item
+
+int64_t& integer(const at::Tensor& x) { return *x.mutable_data_ptr<int64_t>(); }
+
+}  // namespace
+
+void enqueue_cpu(const at::Tensor& queue, const at::Tensor& tail, const at::Tensor& filled, const at::Tensor&,
+                 const at::Tensor& keys) {
+  TORCH_CHECK_VALUE(queue.dim() == 2 && queue.is_contiguous() && keys.dim() == 2 && keys.size(1) == queue.size(1),
+                    "queue must be a contiguous K×D and keys N×D, got ", queue.sizes(), " and ", keys.sizes());
+  const int64_t capacity = queue.size(0), dim = queue.size(1), count = keys.size(0);
+  const int64_t kept = std::min(count, capacity);  // of more keys than rows, the newest stay
+  const int64_t first = integer(tail) + integer(filled) + (count - kept);
+  const at::Tensor rows = dim > 1 && keys.stride(1) != 1 ? keys.contiguous() : keys;
+  const char* const from = static_cast<const char*>(rows.const_data_ptr());
+  char* const to = static_cast<char*>(queue.mutable_data_ptr());
+  const Type from_type = type_of(rows), to_type = type_of(queue);
+  const int64_t from_stride = rows.stride(0) * rows.element_size(), to_stride = dim * queue.element_size();
+  cpu::over_items(cpu::divide_up(kept, kRows), [&](int64_t item) {
+    for (int64_t i = item * kRows; i < std::min((item + 1) * kRows, kept); ++i) {
+      cpu::write_unit_row(to + (first + i) % capacity * to_stride, to_type, from + (count - kept + i) * from_stride,
+                          from_type, dim);
+    }
+  });
+  const int64_t overflow = std::max<int64_t>(integer(filled) + count - capacity, 0);
+  integer(tail) = (integer(tail) + overflow) % capacity;
+  integer(filled) += count - overflow;
+}
+
+void dequeue_cpu(const at::Tensor& tail, const at::Tensor& filled, int64_t capacity, int64_t count) {
+  const int64_t dropped = std::min(integer(filled), count);
+  integer(tail) = (integer(tail) + dropped) % capacity;
+  integer(filled) -= dropped;
+}
+
+}  // namespace fastssl::ops
