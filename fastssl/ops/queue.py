@@ -108,6 +108,11 @@ class KeyQueue(nn.Module):
         run = backend.implementation("dequeue_", self.keys.device, self.keys.dtype)
         run(self.tail, self.filled, self.capacity, count)
 
+    def oldest_first(self) -> Tensor:
+        """The filled rows in the order they came (filled×D), copied; waits for the device."""
+        rows = (self.tail + torch.arange(int(self.filled), device=self.tail.device)) % self.capacity
+        return self.keys[rows]
+
     def extra_repr(self) -> str:
         """Capacity, dim and dtype."""
         return f"capacity={self.capacity}, dim={self.keys.shape[1]}, dtype={self.keys.dtype}"
@@ -116,8 +121,9 @@ class KeyQueue(nn.Module):
         rows = state_dict.get(prefix + "keys")
         if rows is not None and rows.shape != self.keys.shape:
             raise FastsslError(
-                f"the saved queue is {tuple(rows.shape)} and this one {tuple(self.keys.shape)}: make a queue of the "
-                "saved capacity, or make a new one with fill='empty' and enqueue_ the saved rows"
+                f"the saved queue is {tuple(rows.shape)} and this one {tuple(self.keys.shape)}; to go on with another "
+                "capacity, load it into `old`, a queue of the saved shape, and call enqueue_(old.oldest_first()) of a "
+                "new queue with fill='empty'"
             )
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 

@@ -11,6 +11,9 @@ from torch import Tensor
 from fastssl.errors import FastsslError
 from fastssl.ops import backend, deal, library, reference
 
+# Permutations are drawn and sizes compared on the host: torch.compile leaves these functions as they are.
+_on_the_host = torch.compiler.disable
+
 
 @dataclass(frozen=True)
 class ShuffleHandle:
@@ -21,6 +24,7 @@ class ShuffleHandle:
     shuffled: Tensor = field(repr=False)
     sizes: Tensor | None = field(repr=False)  # W: the batch size of each rank, on their way to the host
 
+    @_on_the_host
     def wait(self) -> None:
         """Return when the shuffled rows may be read: on the CPU when they are here, on a GPU when its stream knows.
 
@@ -35,6 +39,7 @@ class ShuffleHandle:
             _wait(self.shuffled)
 
 
+@_on_the_host
 def shuffle_batch(
     x: Tensor, *, generator: torch.Generator, group: dist.ProcessGroup | None = None
 ) -> tuple[Tensor, ShuffleHandle]:
@@ -75,6 +80,7 @@ def shuffle_batch(
     return shuffled, ShuffleHandle(drawn, group, shuffled, sizes)
 
 
+@_on_the_host
 def unshuffle_batch(keys: Tensor, handle: ShuffleHandle) -> Tensor:
     """Bring rows computed from a shuffled batch back: row i belongs to row i of the `x` that was shuffled.
 
@@ -93,6 +99,7 @@ def unshuffle_batch(keys: Tensor, handle: ShuffleHandle) -> Tensor:
     return restored
 
 
+@_on_the_host
 def unshuffle_and_gather(keys: Tensor, handle: ShuffleHandle) -> tuple[Tensor, Tensor]:
     """`unshuffle_batch` and the keys of all ranks, for a queue that is to be the same on each, in one collective.
 

@@ -1,52 +1,108 @@
-"""Shuffle-BN and the methods' buffers over real gloo processes."""
+"""Shuffle-BN and MoCo over real gloo processes: one to four of them, even and uneven batches, and one that dies."""
 
+import multiprocessing
+import os
+import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
-from torch import nn
-from torch.multiprocessing.spawn import spawn
+from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from fastssl import _extension
 from fastssl.errors import FastsslError
 from fastssl.methods import MoCo
 from fastssl.models import create_backbone
-from fastssl.ops import shuffle_batch, unshuffle_batch
+from fastssl.ops import shuffle_batch, unshuffle_and_gather, unshuffle_batch, use_backend
+from fastssl.ops.reference import gather
+from tests import processes
 
-WORLD = 3
+WORLD = 4
+BACKENDS = ("reference",) if _extension.missing() else ("native", "reference")
+DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16, torch.uint8, torch.int64, torch.bool)
+Group = dist.ProcessGroup | None
 
 
-def worker(rank: int, meeting: str) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{meeting}", rank=rank, world_size=WORLD)
+def worker(rank: int, folder: str) -> None:
+    processes.meet(rank, WORLD, f"{folder}/shuffle")
     try:
-        check_shuffle(rank)
+        for world in range(1, WORLD + 1):
+            group = dist.new_group(list(range(world)))
+            if isinstance(group, dist.ProcessGroup):  # this rank is one of it
+                for name in BACKENDS:
+                    with use_backend(name):
+                        check_shuffle(rank, world, group)
+                check_backends_agree(group)
+        check_overlap()
         check_sizes(rank)
         check_ddp(rank)
     finally:
         dist.destroy_process_group()
 
 
-def check_shuffle(rank: int) -> None:
-    """Rows come from every rank, nothing is lost, and the way back is the identity; batches of 7 do not divide by 3."""
+def moco_worker(rank: int, folder: str) -> None:
+    for world in (2, 3, WORLD):
+        if rank < world:
+            processes.meet(rank, world, f"{folder}/{world}")
+            try:
+                check_moco(rank, world)
+            finally:
+                dist.destroy_process_group()
+
+
+def check_shuffle(rank: int, world: int, group: Group) -> None:
+    """Rows come from every rank, nothing is lost, and both ways back are the identity."""
     generator = torch.Generator().manual_seed(4)
-    for batch in (6, 7, 2):
-        x = (100 * rank + torch.arange(batch)).view(batch, 1, 1).expand(batch, 2, 3)
-        shuffled, handle = shuffle_batch(x, generator=generator)
-        handle.wait()
-        owners = (shuffled[:, 0, 0] // 100).bincount(minlength=WORLD)
-        assert shuffled.shape == x.shape
-        assert owners.max() - owners.min() <= 1
-        everyone = [torch.empty_like(shuffled) for _ in range(WORLD)]
-        dist.all_gather(everyone, shuffled.contiguous())
-        rows = sorted(torch.cat(everyone)[:, 0, 0].tolist())
-        assert rows == [100 * r + i for r in range(WORLD) for i in range(batch)]
-        assert torch.equal(unshuffle_batch(shuffled * 2, handle), x * 2)
+    for batch in (0, 1, 2, 3, 6, 7, 8, 13):
+        for dtype in DTYPES:
+            x = (31 * rank + torch.arange(batch)).view(batch, 1, 1).expand(batch, 2, 3)
+            x = x.to(dtype) if dtype != torch.bool else x % 2 == 0
+            shuffled, handle = shuffle_batch(x, generator=generator, group=group)
+            handle.wait()
+            assert (shuffled.shape, shuffled.dtype) == (x.shape, dtype)
+            if dtype == torch.int64:
+                owners = (shuffled[:, 0, 0] // 31).bincount(minlength=world)
+                assert owners.max() - owners.min() <= 1
+                rows = gather(shuffled, group)[:, 0, 0].sort().values.tolist()
+                assert rows == [31 * r + i for r in range(world) for i in range(batch)]
+            assert torch.equal(unshuffle_batch(shuffled.clone(), handle), x)
+            keys, everyone = unshuffle_and_gather(shuffled, handle)
+            assert torch.equal(keys, x)
+            assert torch.equal(everyone, gather(shuffled, group) if world > 1 else x)
+    images = torch.randn(5, 3, 4, 6).contiguous(memory_format=torch.channels_last)
+    shuffled, handle = shuffle_batch(images, generator=generator, group=group)
+    handle.wait()
+    assert torch.equal(unshuffle_batch(shuffled[:, 0], handle), images[:, 0])
+
+
+def check_backends_agree(group: Group) -> None:
+    """All deal alike, so that ranks with and without the extension could even be mixed."""
+    x = torch.randn(7, 5)
+    results = []
+    for name in BACKENDS:
+        with use_backend(name):
+            shuffled, handle = shuffle_batch(x, generator=torch.Generator().manual_seed(9), group=group)
+            handle.wait()
+            results.append(shuffled)
+    assert all(torch.equal(result, results[0]) for result in results)
+
+
+def check_overlap() -> None:
+    """Two shuffles under way at the same time, waited for in the other order."""
+    generator = torch.Generator().manual_seed(4)
+    x, y = torch.randn(2, 64, 5000).unbind()
+    (a, first), (b, second) = (shuffle_batch(t, generator=generator) for t in (x, y))
+    second.wait()
+    first.wait()
+    assert torch.equal(unshuffle_batch(a, first), x)
+    assert torch.equal(unshuffle_batch(b, second), y)
 
 
 def check_sizes(rank: int) -> None:
-    with pytest.raises(FastsslError, match=r"batch sizes differ between ranks: \[2, 3, 4\]"):
+    with pytest.raises(FastsslError, match=r"batch sizes differ between ranks: \[2, 3, 4, 5\]"):
         shuffle_batch(torch.zeros(2 + rank, 1), generator=torch.Generator())
 
 
@@ -68,6 +124,158 @@ def check_ddp(rank: int) -> None:
     assert not torch.equal(means[0], means[1])
 
 
-@pytest.mark.slow  # three processes import torch
-def test_three_processes(tmp_path: Path) -> None:
-    spawn(worker, (str(tmp_path / "meeting"),), nprocs=WORLD)
+STEPS, BATCH, K, DIM, M, T, LR = 20, 6, 50, 6, 0.9, 0.2, 0.05
+
+
+class Tiny(nn.Sequential):
+    num_features = 5
+
+    def __init__(self) -> None:
+        super().__init__(nn.Conv2d(3, 5, 3), nn.BatchNorm2d(5), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+
+
+def make_moco() -> MoCo:
+    torch.manual_seed(0)
+    return MoCo(Tiny(), dim=DIM, queue_size=K, momentum=M, temperature=T).double()
+
+
+def views(world: int) -> list[tuple[Tensor, Tensor]]:
+    """The batches of all ranks, one after the other."""
+    draw = torch.Generator().manual_seed(5)
+    shape = (2, world * BATCH, 3, 6, 6)
+    return [tuple(torch.randn(shape, generator=draw, dtype=torch.float64).unbind()) for _ in range(STEPS)]  # type: ignore[misc]
+
+
+def one_process(world: int) -> tuple[list[float], MoCo, Tensor]:
+    """The step of Algorithm 1 on all images, each chunk of `world` normalised by itself, as on so many ranks."""
+    method = make_moco()
+    f_q, f_k = method.encoder_q, method.encoder_k
+    queue = method.queue.keys.clone()  # oldest first
+    generator = torch.Generator().manual_seed(0)  # the method's own seed
+    optimizer = torch.optim.SGD(f_q.parameters(), LR, momentum=0.9)
+    losses = []
+    for x_q, x_k in views(world):
+        # Each rank's rows by one permutation in shares, share j of rank s to rank s+j.
+        shares = torch.randperm(BATCH, generator=generator).tensor_split(world)
+        order = torch.cat([s * BATCH + shares[(t - s) % world] for t in range(world) for s in range(world)])
+        q = nn.functional.normalize(torch.cat([f_q(x) for x in x_q.chunk(world)]))
+        with torch.no_grad():
+            shuffled = nn.functional.normalize(torch.cat([f_k(x) for x in x_k[order].chunk(world)]))
+            k = shuffled[order.argsort()]
+        logits = torch.cat([(q * k).sum(1, keepdim=True), q @ queue.T], 1) / T
+        loss = nn.functional.cross_entropy(logits, torch.zeros(len(q), dtype=torch.long))
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        for p_k, p_q in zip(f_k.parameters(), f_q.parameters(), strict=True):
+            p_k.data = M * p_k.data + (1 - M) * p_q.data
+        queue = torch.cat([queue, shuffled])[-K:]
+        losses.append(loss.item())
+    return losses, method, queue
+
+
+def check_moco(rank: int, world: int) -> None:
+    """Twenty steps on several ranks are those of one process: losses, weights, and the queue on every rank."""
+    method = make_moco()
+    parallel = DistributedDataParallel(method)
+    optimizer = torch.optim.SGD(method.encoder_q.parameters(), LR, momentum=0.9)
+    losses = []
+    for x_q, x_k in views(world):
+        loss = parallel((x_q.chunk(world)[rank], x_k.chunk(world)[rank]))
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        method.after_step()
+        losses.append(gather(loss.detach().view(1), None).mean().item())
+    expected, other, queue = one_process(world)
+    assert max(abs(a - b) for a, b in zip(losses, expected, strict=True)) < 1e-9
+    for p, q in zip(method.parameters(), other.parameters(), strict=True):
+        assert (p - q).abs().max() < 1e-9
+    assert (method.queue.oldest_first() - queue).abs().max() < 1e-9
+    assert K % (world * BATCH)  # the ring wraps in mid-batch
+
+
+@pytest.mark.slow  # four processes
+def test_shuffle_over_one_to_four_processes(tmp_path: Path) -> None:
+    processes.run(worker, WORLD, str(tmp_path))
+
+
+@pytest.mark.slow  # four processes
+def test_moco_over_several_processes_is_that_of_one(tmp_path: Path) -> None:
+    processes.run(moco_worker, WORLD, str(tmp_path))
+
+
+def dies_before(rank: int, batch: Tensor) -> None:
+    if rank == 1:
+        os._exit(1)
+    shuffle_batch(batch, generator=torch.Generator())[1].wait()
+
+
+def dies_in_mid_shuffle(rank: int, batch: Tensor) -> None:
+    """The sizes are exchanged; the rows of rank 1 never come."""
+    if rank == 1:
+        gather(torch.tensor([len(batch)]), None)
+        os._exit(1)
+    shuffle_batch(batch, generator=torch.Generator())[1].wait()
+
+
+def hangs_in_mid_shuffle(rank: int, batch: Tensor) -> None:
+    if rank == 1:
+        gather(torch.tensor([len(batch)]), None)
+        time.sleep(8)
+        os._exit(1)
+    shuffle_batch(batch, generator=torch.Generator())[1].wait()
+
+
+def dies_before_unshuffle(rank: int, batch: Tensor) -> None:
+    _, handle = shuffle_batch(batch, generator=torch.Generator())
+    handle.wait()
+    if rank == 1:
+        os._exit(1)
+    unshuffle_batch(batch, handle)
+
+
+def dies_before_gather(rank: int, batch: Tensor) -> None:
+    _, handle = shuffle_batch(batch, generator=torch.Generator())
+    handle.wait()
+    if rank == 1:
+        os._exit(1)
+    unshuffle_and_gather(batch, handle)
+
+
+Death = Callable[[int, Tensor], None]
+DEATHS: dict[Death, str] = {
+    dies_before: "shuffle_batch",
+    dies_in_mid_shuffle: "shuffle_batch",
+    hangs_in_mid_shuffle: "shuffle_batch",
+    dies_before_unshuffle: "unshuffle_batch",
+    dies_before_gather: "unshuffle_and_gather",
+}
+
+
+def witness(rank: int, death: Death, folder: str) -> None:
+    """Writes down what the death of rank 1 looks like from here."""
+    processes.meet(rank, 3, f"{folder}/meeting", seconds=4)
+    begin = time.monotonic()
+    try:
+        death(rank, torch.randn(6, 1000))
+        message = "nothing happened"
+    except Exception as error:
+        message = f"{type(error).__name__}: {error}"
+    Path(folder, str(rank)).write_text(f"{time.monotonic() - begin}\n{message}")
+    os._exit(0)  # a broken group cannot be destroyed in order
+
+
+@pytest.mark.slow  # waits for a timeout
+@pytest.mark.parametrize("death", DEATHS)
+def test_the_others_name_the_op_when_a_rank_dies(death: Death, tmp_path: Path) -> None:
+    context = multiprocessing.get_context("forkserver")
+    ranks = [context.Process(target=witness, args=(rank, death, str(tmp_path))) for rank in range(3)]
+    for process in ranks:
+        process.start()
+    for process in ranks:
+        process.join(60)
+    for rank in (0, 2):
+        seconds, message = (tmp_path / str(rank)).read_text().split("\n", 1)
+        assert message.startswith(f"RuntimeError: {DEATHS[death]}: the exchange with the other ranks failed"), message
+        assert float(seconds) < 4 + 4  # the timeout, and what two busy cores take
