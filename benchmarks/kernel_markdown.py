@@ -91,6 +91,24 @@ def chip_section(report: Row, chip: str) -> list[str]:
     return lines
 
 
+def update_table(report: Row) -> list[str]:
+    """The momentum updates on all chips."""
+    return table(
+        [
+            {
+                "update": row["update"],
+                "chip": report["chips"][str(row["chip"])]["name"],
+                "tensors": row["tensors"],
+                "elements": f"{row['elements']:,}",
+                "device MB": mega(row["bytes"]),
+                "floor µs": f"{row['floor_us']:.2f}",
+                "predicted µs": f"{row['predicted_us']:.2f}",
+            }
+            for row in sorted(report["updates"], key=lambda row: (row["update"], row["chip"]))
+        ]
+    )
+
+
 def kernel_table(report: Row) -> list[str]:
     """What ptxas made."""
     return table(
@@ -152,7 +170,11 @@ def markdown(report: Row) -> str:
     lines += moco_table(report)
     for chip in sorted(report["chips"], key=int):
         lines += chip_section(report, chip)
+    lines += ["## Momentum updates", ""]
+    lines += ["Float32 targets read and written, sources read; the floor is set by device memory.", ""]
+    lines += update_table(report)
     lines += ["## Kernels as compiled", ""]
+    lines += [report["missing"], ""] if report["missing"] else []
     lines += [
         "Counts of instructions are those of one warp and one turn of the main loop, nested loops counted once.",
         "",

@@ -1,11 +1,12 @@
-"""What every Triton kernel compiles to on each chip, and how long it should take there. Predicted, not measured.
+"""What every GPU kernel compiles to on each chip, and how long it should take there. Predicted, not measured.
 
-    python -m benchmarks.kernel_report            # all kernels and chips; needs no GPU
+    python -m benchmarks.kernel_report            # all kernels and chips; needs no GPU, for those of csrc nvcc
     python -m benchmarks.kernel_report --check    # compile and check only, write nothing
 
-For every kernel and configuration that ships: registers, stack, shared memory, matrix instructions and the instruction
-mix of the main loop, from the code that ptxas made (a loop's size does not depend on the number of keys). For the
-launches of some shapes: bytes and operations, counted from the launch's arguments; the roofline's floor; and a time.
+For every kernel and configuration that ships, in Triton or in CUDA (csrc, by the name of the kernel and its template
+arguments): registers, stack, shared memory, matrix instructions and the instruction mix of the main loop, from the code
+that ptxas made (a loop's size does not depend on the number of keys). For the launches of some shapes of Triton's:
+bytes and operations, counted from the launch's arguments; the roofline's floor; and a time.
 
 - *Floor*: the largest of the matrix products at the chip's published dense peak, the exponentials at 16 a clock and
   multiprocessor, and every input read once and every output written once at the published bandwidth.
@@ -19,6 +20,8 @@ launches of some shapes: bytes and operations, counted from the launch's argumen
   times the number of waves. What overlaps and what does not follows from the order of instructions, not from a factor.
   Left out, so that a real chip is rather slower: bank conflicts, instruction fetch, clocks lowered under load, launches
   (told apart: LAUNCH each, unless a CUDA graph hides them).
+- *Enqueue* waits for memory twice in a row, for the state and for its ticket; that takes longer than its few bytes.
+- *Momentum updates* only stream: predicted is their bytes at STREAMED of the published bandwidth, which is assumed.
 """
 
 import argparse
@@ -27,21 +30,40 @@ import functools
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterable
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
 from benchmarks import sass
 from benchmarks.kernel_markdown import counted, markdown
-from benchmarks.roofline import CHIPS, SHAPES, WORK, Chip, Row, Shape, Work, ceil, launches, nbytes
+from benchmarks.roofline import (
+    CHIPS,
+    SHAPES,
+    STREAMED,
+    UPDATES,
+    WORK,
+    Chip,
+    Row,
+    Shape,
+    Update,
+    Work,
+    ceil,
+    launches,
+    nbytes,
+    touched,
+)
 
 LAUNCH = 2e-6  # seconds from the end of one kernel to the start of the next: assumed
+MOST_THREADS = 1024  # of a block of any kernel
 RESULTS = Path(__file__).parent / "results"
+SOURCES = Path(__file__).parents[1] / "csrc"
 PRODUCTS = ("split", "negatives")  # kernels that must use matrix units
 # Their instructions by chip. Of tf32x3, which loads float32 and splits it in registers, any will do.
 MATRIX = {80: "HMMA", 90: "HGMMA", 100: "UTC", 120: "HMMA"}
@@ -72,6 +94,60 @@ def kernel_row(name: str, chip: int, program: sass.Program, metadata: Any) -> Ro
         "loop": sass.mix(loop) if program.loop else {},
         "loop_instructions": len(loop) if program.loop else 0,
     }
+
+
+def find_nvcc() -> str | None:
+    """The CUDA compiler of CUDA_HOME, else the one on PATH."""
+    path = os.environ.get("PATH", os.defpath)
+    if home := os.environ.get("CUDA_HOME"):
+        path = os.pathsep.join([str(Path(home, "bin")), path])
+    return shutil.which("nvcc", path=path)
+
+
+def cuda_sources(parts: list[str] | None) -> list[str]:
+    """The .cu files below SOURCES; given parts of kernels' names, only those that may have one, going by the file's."""
+    names = sorted(str(path.relative_to(SOURCES)) for path in SOURCES.rglob("*.cu"))
+    stems = {name: Path(name).stem.removesuffix("_kernel") for name in names}
+    return [name for name in names if not parts or any(stems[name] in part or part in stems[name] for part in parts)]
+
+
+class CudaMetadata(NamedTuple):
+    """Of a CUDA kernel, what Triton's metadata says of its own."""
+
+    shared: int
+    num_warps: int
+    num_stages: int = 1
+
+
+def cuda_rows(chip: int, source: str) -> list[Row]:
+    """Rows of the table of kernels: those of a .cu file."""
+    nvcc = find_nvcc()
+    if nvcc is None:
+        raise RuntimeError("there is no nvcc on PATH or in CUDA_HOME")
+    with tempfile.TemporaryDirectory() as folder:
+        out = Path(folder, "kernels.cubin")
+        command = [nvcc, "-std=c++17", "-O3", f"-arch=sm_{chip}", "-cubin", f"-I{SOURCES}", "-o", str(out)]
+        done = subprocess.run([*command, str(SOURCES / source)], capture_output=True, text=True, check=False)
+        if done.returncode:
+            raise RuntimeError(f"nvcc cannot compile {source} for sm_{chip}: {done.stderr[-2000:]}")
+        cubin = out.read_bytes()
+    threads = sass.most_threads(cubin)
+    rows = [
+        kernel_row(
+            readable(name), chip, program, CudaMetadata(program.shared, ceil(threads.get(name, MOST_THREADS), 32))
+        )
+        for name, program in sass.read_all(cubin).items()
+    ]
+    return sorted(rows, key=lambda row: [int(word) if word.isdigit() else 0 for word in row["name"].split()])
+
+
+def readable(mangled: str) -> str:
+    """A kernel's own name and its template arguments: "ema_update 92"."""
+    full = subprocess.run(["c++filt", "-p", mangled], capture_output=True, text=True, check=True).stdout.strip()
+    found = re.search(r"(\w+?)(?:_kernel)?(?:<(.*)>)?$", full)
+    if not found:
+        raise ValueError(f"cannot read the name of {full!r}")
+    return " ".join(filter(None, found.groups()))
 
 
 def problems(row: Row) -> list[str]:
@@ -169,9 +245,7 @@ def shape_row(shape: Shape, chip: int) -> Row:
     once = least_bytes(found)
     units = {
         "matrix units": sum(r["matrix_us"] for r in rows),
-        "exponential units": micro(
-            float(shape.rows) * shape.keys / (16 * CHIPS[chip].multiprocessors * CHIPS[chip].clock)
-        ),
+        "exponential units": micro(shape.logits / (16 * c.multiprocessors * c.clock)),
         "device memory": micro(once / c.bandwidth),
     }
     limit = max(units, key=lambda unit: units[unit])
@@ -195,6 +269,8 @@ def shape_row(shape: Shape, chip: int) -> Row:
 
 def least_bytes(found: list[Any]) -> int:
     """Every input and every output once, without what the launches pass on to each other."""
+    if found[0].kernel.fn.__name__ == "key_queue_enqueue":
+        return touched(found[0].arguments)
     between = ("maxima", "sums", "accumulators")
     tensors = {
         id(value): value
@@ -203,6 +279,20 @@ def least_bytes(found: list[Any]) -> int:
         if isinstance(value, torch.Tensor) and name not in between
     }
     return nbytes(*tensors.values())
+
+
+def update_row(update: Update, chip: int) -> Row:
+    """A momentum update against the floor."""
+    floor = update.bytes / CHIPS[chip].bandwidth
+    return {
+        "update": update.title,
+        "chip": chip,
+        "tensors": update.tensors,
+        "elements": update.elements,
+        "bytes": update.bytes,
+        "floor_us": micro(floor),
+        "predicted_us": micro(floor / STREAMED),
+    }
 
 
 @functools.lru_cache
@@ -219,7 +309,7 @@ def compile_row(chip: int, name: str) -> Row:
     return kernel_row(name, chip, *compiled(variant))
 
 
-def in_parallel(jobs: int, function: Any, arguments: Iterable[tuple[Any, ...]]) -> list[Row]:
+def in_parallel(jobs: int, function: Any, arguments: Iterable[tuple[Any, ...]]) -> list[Any]:
     """Results in the order of arguments, in processes of their own; progress on stderr."""
     todo = list(arguments)
     results = []
@@ -238,10 +328,17 @@ def versions(chips: Iterable[int]) -> dict[str, str]:
 
     found = {"triton": triton.__version__, "torch": torch.__version__}
     for chip in chips:
-        text = subprocess.run([get_ptxas(chip).path, "--version"], capture_output=True, text=True, check=True).stdout
-        release = re.search(r"release [\d.]+, V([\d.]+)", text)
-        found[f"ptxas for sm_{chip}"] = release[1] if release else "unknown"
+        found[f"ptxas for sm_{chip}"] = release(get_ptxas(chip).path)
+    if nvcc := find_nvcc():
+        found["nvcc"] = release(nvcc)
     return found
+
+
+def release(tool: str) -> str:
+    """The version of one of NVIDIA's compilers."""
+    text = subprocess.run([tool, "--version"], capture_output=True, text=True, check=True).stdout
+    found = re.search(r"release [\d.]+, V([\d.]+)", text)
+    return found[1] if found else "unknown"
 
 
 def ceilings(chip: int) -> Row:
@@ -252,7 +349,9 @@ def ceilings(chip: int) -> Row:
 
 def notes() -> list[str]:
     """The model in words: this file's docstring without its commands."""
-    text = (__doc__ or "").replace("LAUNCH each", f"about {LAUNCH * 1e6:g} µs each")
+    text = (
+        (__doc__ or "").replace("LAUNCH each", f"about {LAUNCH * 1e6:g} µs each").replace("STREAMED", f"{STREAMED:.0%}")
+    )
     start = text.index("For every kernel")
     return text[start:].strip().splitlines()
 
@@ -281,11 +380,21 @@ def main() -> int:
         for name in variants(chip)
         if not options.only or any(part in name for part in options.only)
     ]
-    if not names:
+    sources = [(chip, source) for chip in options.chips for source in cuda_sources(options.only)]
+    if not names and not sources:
         raise SystemExit(f"no kernel's name contains {' or '.join(options.only)}")
     kernels = in_parallel(options.jobs, compile_row, names)
+    missing = None
+    if sources and find_nvcc() is None:
+        files = ", ".join(cuda_sources(options.only))
+        missing = f"Not compiled, for there is no nvcc on PATH or in CUDA_HOME: {files} in csrc."
+        print(missing)
+    elif sources:
+        found = [row for rows in in_parallel(options.jobs, cuda_rows, sources) for row in rows]
+        kernels += [row for row in found if not options.only or any(part in row["name"] for part in options.only)]
     wrong = [text for row in kernels for text in problems(row)]
-    print("\n".join(wrong) or f"{len(kernels)} kernels: nothing spills, all fit, all products use matrix units")
+    if kernels:
+        print("\n".join(wrong) or f"{len(kernels)} kernels: nothing spills, all fit, all products use matrix units")
     if not options.check:
         shapes = in_parallel(options.jobs, shape_row, [(shape, chip) for chip in options.chips for shape in SHAPES])
         report = {
@@ -295,7 +404,9 @@ def main() -> int:
             "notes": notes(),
             "chips": {str(chip): ceilings(chip) for chip in options.chips},
             "shapes": shapes,
+            "updates": [update_row(update, chip) for chip in options.chips for update in UPDATES],
             "kernels": kernels,
+            "missing": missing,
         }
         options.out.mkdir(parents=True, exist_ok=True)
         text = json.dumps(report, indent=1, sort_keys=True, ensure_ascii=False) + "\n"

@@ -226,16 +226,29 @@ def norms_work(a: Row) -> Work:
     return Work(0, 0, 0, once, once, 0, ceil(a["rows"], a["BLOCK_ROWS"]), sass.Trips(1), hot=True)
 
 
+def enqueue_work(a: Row) -> Work:
+    """A batch into the queue: keys, which the network has just made, and the rows that are written."""
+    once = touched(a)
+    return Work(0, 0, 0, once, once, 0, ceil(a["rows"], a["BLOCK_ROWS"]), sass.Trips(1), hot=True)
+
+
+def touched(a: Row) -> int:
+    """Bytes that an enqueue reads and writes, each once; of the queue only the rows that are written."""
+    state = nbytes(a["tail"], a["filled"], a["arrived"])
+    return state + a["rows"] * a["DIM"] * (a["keys"].element_size() + a["queue"].element_size())
+
+
 WORK = {
     "inverse_norms": norms_work,
     "info_nce_split": split_work,
     "info_nce_combine": combine_work,
     "info_nce_negatives": negatives_work,
+    "key_queue_enqueue": enqueue_work,
 }
 
 
 class Shape(NamedTuple):
-    """An operation of some size: `op` is "queue", "in-batch" or "in-batch negatives"."""
+    """An operation of some size: `op` is "queue", "in-batch", "in-batch negatives" or "enqueue"."""
 
     op: str
     rows: int
@@ -246,8 +259,13 @@ class Shape(NamedTuple):
     @property
     def title(self) -> str:
         """As tables print it."""
-        size = f"N={self.rows:,} D={self.dim}" + (f" K={self.keys:,}" if self.op == "queue" else "")
+        size = f"N={self.rows:,} D={self.dim}" + (f" K={self.keys:,}" if self.op in ("queue", "enqueue") else "")
         return f"{self.op} {size} {self.precision}"
+
+    @property
+    def logits(self) -> float:
+        """Exponentials that cannot be avoided."""
+        return 0.0 if self.op == "enqueue" else float(self.rows) * self.keys
 
 
 MOCO = Shape("queue", 256, 128, 65536)
@@ -256,16 +274,41 @@ SHAPES = [
     *(Shape("queue", 256, d, k) for d in (64, 128, 256) for k in (16384, 65536, 262144) if (d, k) != (128, 65536)),
     Shape("in-batch", 4096, 128, 4096),
     Shape("in-batch negatives", 4096, 128, 4096),
+    Shape("enqueue", 256, 128, 65536),
+    Shape("enqueue", 256, 128, 65536, "fp32"),
 ]
+
+
+class Update(NamedTuple):
+    """A momentum update of float32 targets; `source_bytes` of an element of the sources."""
+
+    title: str
+    tensors: int
+    elements: int
+    source_bytes: int
+
+    @property
+    def bytes(self) -> int:
+        """Targets read and written, sources read."""
+        return self.elements * (4 + 4 + self.source_bytes)
+
+
+# Parameters of torchvision's ResNet-50.
+UPDATES = [
+    Update("ResNet-50, float32 sources", 161, 25_557_032, 4),
+    Update("ResNet-50, bfloat16 sources", 161, 25_557_032, 2),
+]
+STREAMED = 0.9  # share of the published bandwidth that a kernel reaches which only streams: assumed
 
 
 def launches(shape: Shape, chip: int) -> list[Any]:
     """The kernels that an operation starts, with their arguments."""
-    from fastssl.kernels import info_nce
+    from fastssl.kernels import info_nce, key_queue
     from fastssl.kernels.launch import recording
 
-    query, positive = torch.empty(2, shape.rows, shape.dim, dtype=torch.bfloat16, device="meta")
-    keys = torch.empty(shape.keys, shape.dim, dtype=torch.bfloat16, device="meta")
+    dtype = {"bf16": torch.bfloat16, "fp32": torch.float32}[shape.precision]
+    query, positive = torch.empty(2, shape.rows, shape.dim, dtype=dtype, device="meta")
+    keys = torch.empty(shape.keys, shape.dim, dtype=dtype, device="meta")
     integer = torch.empty((), dtype=torch.int64, device="meta")
     grad_loss, lse = torch.empty(2, shape.rows, device="meta")
     with recording(chip, "tf32") as found:
@@ -273,6 +316,9 @@ def launches(shape: Shape, chip: int) -> list[Any]:
             info_nce.forward(query, positive, keys, 0.1, None, integer, integer, True, True)
         elif shape.op == "in-batch":
             info_nce.forward(query, positive, None, 0.1, None, None, None, False, True)
+        elif shape.op == "enqueue":
+            arrived = torch.empty((), dtype=torch.int32, device="meta")
+            key_queue.enqueue(keys, integer, integer, arrived, positive)
         else:
             info_nce.negatives(grad_loss, lse, query, positive, 0.1, None, None, None, False, True)
     return list(found)

@@ -1,4 +1,4 @@
-"""Reads what ptxas made of a kernel, instruction by instruction, and plays it on a model of a multiprocessor.
+"""Reads what ptxas made of kernels, instruction by instruction, and plays one on a model of a multiprocessor.
 
 The model is one of the multiprocessor's four quarters, which the others equal: a scheduler that issues one instruction
 of one of its warps a clock, and pipes that an instruction occupies for some clocks. Instructions issue in order; the
@@ -18,6 +18,9 @@ FIRST = re.compile(
 )
 SECOND = re.compile(r"^\s+/\* 0x([0-9a-f]{16}) \*/")
 ADDRESS = re.compile(r"0x([0-9a-f]+)$")
+USAGE = re.compile(r"Function (\S+):\s+REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)")
+LISTED = re.compile(r"^\s*Function : (\S+)\n", re.MULTILINE)
+BOUNDS = re.compile(r"EIATTR_MAX_THREADS\s+Format:\s+EIFMT_SVAL\s+Value:\s+0x(\w+) 0x(\w+) 0x(\w+)")
 CLASSES = {
     "matrix": "HMMA HGMMA IMMA DMMA QMMA OMMA UTCHMMA UTCQMMA UTCIMMA UTCOMMA",
     "fp32": "FADD FMUL FFMA FADD2 FMUL2 FFMA2 FADD32I FMUL32I FFMA32I",
@@ -62,13 +65,17 @@ class Instruction(NamedTuple):
 
 
 class Program(NamedTuple):
-    """A compiled kernel; `loop` holds the addresses of its main loop's first and last instruction."""
+    """A compiled kernel; `loop` holds the addresses of its main loop's first and last instruction.
+
+    `shared` is what it declares itself; Triton's kernels get theirs from whoever launches them.
+    """
 
     instructions: list[Instruction]
     loop: tuple[int, int] | None
     others: list[tuple[int, int]]
     registers: int
     stack: int
+    shared: int = 0
 
     def in_loop(self) -> list[Instruction]:
         """Of the main loop, or all if there is none."""
@@ -89,16 +96,39 @@ def tool(name: str) -> Path:
 
 def read(cubin: bytes) -> Program:
     """Disassemble a kernel."""
+    (program,) = read_all(cubin).values()
+    return program
+
+
+def read_all(cubin: bytes) -> dict[str, Program]:
+    """Disassemble all kernels of a cubin, by their names as the compiler mangled them; {} if it has none."""
+    usage, listing = _dump(cubin, "-res-usage"), _dump(cubin, "-sass")
+    _, *parts = LISTED.split(listing)
+    listings = dict(zip(parts[::2], parts[1::2], strict=True))
+    found = {}
+    for name, registers, stack, shared, local in USAGE.findall(usage):
+        instructions = parse(listings.get(name, ""))
+        if not instructions:
+            raise ValueError(f"cuobjdump printed no instructions of {name}")
+        loop, others = loops(instructions)
+        found[name] = Program(instructions, loop, others, int(registers), int(stack) + int(local), int(shared))
+    if found.keys() != listings.keys():
+        raise ValueError(f"cuobjdump printed the instructions of {[*listings]} and the resources {usage[-500:]!r}")
+    return found
+
+
+def most_threads(cubin: bytes) -> dict[str, int]:
+    """Threads of a block that each kernel of a cubin is compiled for, where it says so (__launch_bounds__)."""
+    _, *parts = re.split(r"^\.nv\.info\.(\S+)\n", _dump(cubin, "-elf"), flags=re.MULTILINE)
+    bounds = {name: BOUNDS.search(text) for name, text in zip(parts[::2], parts[1::2], strict=True)}
+    return {name: int(found[1], 16) * int(found[2], 16) * int(found[3], 16) for name, found in bounds.items() if found}
+
+
+def _dump(cubin: bytes, option: str) -> str:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        usage = _run("-res-usage", file.name)
-        instructions = parse(_run("-sass", file.name))
-    found = re.search(r"REG:(\d+) STACK:(\d+) .*?LOCAL:(\d+)", usage)
-    if not found or not instructions:
-        raise ValueError(f"cuobjdump printed neither resources nor instructions: {usage[-500:]!r}")
-    loop, others = loops(instructions)
-    return Program(instructions, loop, others, int(found[1]), int(found[2]) + int(found[3]))
+        return _run(option, file.name)
 
 
 def _run(option: str, path: str) -> str:

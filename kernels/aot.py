@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import torch
-from fastssl.kernels import info_nce, normalized_mse
+from fastssl.kernels import info_nce, key_queue, normalized_mse
 from fastssl.kernels.launch import Launch, recording
 from torch import Tensor
 
@@ -58,6 +58,10 @@ def variants(chip: int) -> Iterator[Variant]:
     yield from _paired(chip, 128)
     rows = torch.empty(N, 256, dtype=BF16, device="meta")
     yield from _recorded("bf16 256", chip, "tf32", lambda: normalized_mse.forward(rows, rows, True))
+    for keys, queue, dim in ((BF16, BF16, 128), (FP32, FP32, 128), (FP32, BF16, 128), (FP32, FP32, 2048)):
+        yield from _enqueue(chip, keys, queue, dim)
+    _, _, integer = _tensors(1, FP32, None)
+    yield from _recorded("", chip, "tf32", lambda: key_queue.dequeue(integer, integer, M, N))
 
 
 def _loss(
@@ -116,6 +120,13 @@ def _paired(chip: int, dim: int) -> Iterator[Variant]:
             yield variant
 
 
+def _enqueue(chip: int, keys: torch.dtype, queue: torch.dtype, dim: int) -> Iterator[Variant]:
+    batch, rows, integer = _tensors(dim, keys, queue)
+    arrived = torch.empty((), dtype=torch.int32, device="meta")
+    name = f"{TYPES[keys]} into {TYPES[queue]} {dim}"
+    yield from _recorded(name, chip, "tf32", lambda: key_queue.enqueue(rows, integer, integer, arrived, batch))
+
+
 def _tensors(dim: int, dtype: torch.dtype, keys: torch.dtype | None) -> tuple[Tensor, Tensor | None, Tensor]:
     integer = torch.empty((), dtype=torch.int64, device="meta")
     negatives = None if keys is None else torch.empty(M, dim, dtype=keys, device="meta")
@@ -152,4 +163,4 @@ def variant(name: str, chip: int, launch: Launch) -> Variant:
             attrs[(at,)] = [["tt.divisibility", 16]]
     options = {"num_warps": launch.warps, "num_stages": launch.stages}
     kernel = launch.kernel.fn.__name__.removeprefix("info_nce_")
-    return Variant(f"{kernel} {name}", chip, launch.kernel, signature, constexprs, attrs, options)
+    return Variant(f"{kernel} {name}".strip(), chip, launch.kernel, signature, constexprs, attrs, options)

@@ -138,6 +138,11 @@ def rows_at_once(chip: Chip, block_dim: int) -> int:
     return max(1, (256 if chip.family == INTERPRETER else 4096) // block_dim)
 
 
+def queue_rows(chip: Chip, block_dim: int) -> int:
+    """Rows of BLOCK_DIM columns that a program of the queue writes: few, so that a batch spreads over the chip."""
+    return max(1, (64 if chip.family == INTERPRETER else 512) // block_dim)
+
+
 def paired_splits(chip: Chip, rows: int, columns: int, at_once: int) -> int:
     """Programs that share one query's own negatives: several for each multiprocessor, at least two tiles each."""
     return max(1, min(blocks(8 * chip.multiprocessors, max(rows, 1)), columns // (2 * at_once), 65535))

@@ -55,8 +55,8 @@ def norm(x: tl.tensor, axis: tl.constexpr) -> tl.tensor:
 
 @triton.jit
 def inverse(norms: tl.tensor) -> tl.tensor:
-    """What F.normalize multiplies with."""
-    return 1.0 / tl.maximum(norms, EPS)
+    """What F.normalize multiplies with; NaN stays NaN, which `tl.maximum` would drop."""
+    return 1.0 / tl.where(norms < EPS, EPS, norms)
 
 
 @triton.jit
@@ -109,11 +109,17 @@ def ring(first: tl.tensor, count: tl.tensor, capacity: tl.tensor) -> tl.tensor:
         size = capacity.to(tl.int64)
         at = tl.load(first).to(tl.int64)
         valid = tl.minimum(tl.maximum(tl.load(count).to(tl.int64), 0), size).to(capacity.dtype)
-        if (at < 0) | (at >= size):  # rarely: a division of 64 bits takes long
-            at = at % tl.maximum(size, 1)
-            at = tl.where(at < 0, at + size, at)  # the device's remainder has the sign of `first`
-        start = at.to(capacity.dtype)
+        start = modulo(at, size).to(capacity.dtype)
     return start, valid
+
+
+@triton.jit
+def modulo(at: tl.tensor, size: tl.tensor) -> tl.tensor:
+    """`at` mod `size` in 0…size-1, both of 64 bits; `at` may be any integer, `size` 0."""
+    if (at < 0) | (at >= size):  # rarely: a division of 64 bits takes long
+        at = at % tl.maximum(size, 1)
+        at = tl.where(at < 0, at + size, at)  # the device's remainder has the sign of `at`
+    return at
 
 
 @triton.jit

@@ -84,7 +84,7 @@ class KeyQueue(nn.Module):
         """Normalise, cast and write `keys` (N×D) behind the newest row; of more than `capacity`, the newest stay.
 
         Raises:
-            ValueError: `keys` is not N×D of a floating dtype, or on another device.
+            ValueError: `keys` is not N×D of a floating dtype, on another device, or a part of the queue.
         """
         if keys.dim() != 2 or keys.shape[1] != self.keys.shape[1] or not keys.is_floating_point():
             raise FastsslError(
@@ -92,6 +92,8 @@ class KeyQueue(nn.Module):
             )
         if keys.device != self.keys.device:
             raise FastsslError(f"keys are on {keys.device} and the queue on {self.keys.device}")
+        if not torch.compiler.is_compiling() and torch._C._is_alias_of(keys, self.keys):
+            raise FastsslError("keys are rows of the queue itself, which is written to: give a copy, keys.clone()")
         dtype = torch.promote_types(self.keys.dtype, keys.dtype)  # float64 on either side is left to `reference`
         run = backend.implementation("enqueue_", self.keys.device, dtype)
         run(self.keys, self.tail, self.filled, self.arrived, keys)

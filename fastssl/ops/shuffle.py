@@ -22,7 +22,7 @@ class ShuffleHandle:
     deal: deal.Deal
     group: dist.ProcessGroup | None = field(repr=False)
     shuffled: Tensor = field(repr=False)
-    sizes: Tensor | None = field(repr=False)  # W: the batch size of each rank, on their way to the host
+    sizes: "_SizesOnTheirWay | None" = field(repr=False)
 
     @_on_the_host
     def wait(self) -> None:
@@ -34,9 +34,9 @@ class ShuffleHandle:
         """
         with _named("shuffle_batch"):
             if self.sizes is not None:
-                torch.cuda.current_stream().synchronize()
-                _check_sizes(self.sizes)
-            _wait(self.shuffled)
+                self.sizes.check()
+            if self.deal.world > 1:
+                _wait(self.shuffled)
 
 
 @_on_the_host
@@ -148,13 +148,26 @@ def _wait(x: Tensor) -> Tensor:
     return waited
 
 
-def _exchange_sizes(x: Tensor, group: dist.ProcessGroup | None) -> Tensor | None:
-    """Check that batch sizes agree; on a GPU send them to the host instead, to be checked by `ShuffleHandle.wait`."""
+class _SizesOnTheirWay:
+    """Batch sizes copied from the GPU: the host waits for them when it waits for the shuffle, and for no more."""
+
+    def __init__(self, sizes: Tensor) -> None:
+        self.sizes = torch.empty(sizes.shape, dtype=sizes.dtype, pin_memory=True).copy_(sizes, non_blocking=True)
+        self.here = torch.cuda.Event()
+        self.here.record(torch.cuda.current_stream(sizes.device))
+
+    def check(self) -> None:
+        self.here.synchronize()
+        _check_sizes(self.sizes)
+
+
+def _exchange_sizes(x: Tensor, group: dist.ProcessGroup | None) -> _SizesOnTheirWay | None:
+    """Check that batch sizes agree: on the CPU at once, on a GPU in `ShuffleHandle.wait`."""
     sizes = reference.gather(torch.full((1,), len(x), device=x.device), group)
-    if x.device.type == "cpu":
-        _check_sizes(sizes)
-        return None
-    return sizes.to("cpu", non_blocking=True)
+    if x.device.type != "cpu":
+        return _SizesOnTheirWay(sizes)
+    _check_sizes(sizes)
+    return None
 
 
 def _check_sizes(sizes: Tensor) -> None:

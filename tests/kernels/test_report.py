@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+import torchvision
 
 from benchmarks import kernel_markdown, kernel_report, roofline, sass
 
@@ -24,6 +26,20 @@ LISTING = """
                                                                  /* 0x002fe20000000000 */
         /*0040*/                   EXIT ;                        /* 0x0000000000000000 */
                                                                  /* 0x000fe20000000000 */
+"""
+
+
+CUDA = """
+namespace {
+template <int kCount, typename T>
+__global__ void __launch_bounds__(96) good_kernel(T* x) { x[threadIdx.x] *= kCount; }
+template __global__ void good_kernel<3, float>(float*);
+}
+extern "C" __global__ void bad(float* x, const int* at, int count) {
+  float values[64] = {};
+  for (int i = 0; i < count; ++i) values[at[i]] += x[i];
+  for (int i = 0; i < 64; ++i) x[i] = values[i];
+}
 """
 
 
@@ -53,6 +69,7 @@ def test_a_good_kernel_passes() -> None:
         ({"matrix": {}}, "no matrix instruction"),
         ({"matrix": {}, "name": "negatives fp16 64"}, "no matrix instruction"),
         ({"matrix": {}, "name": "split tf32x3 64"}, "no matrix instruction"),
+        ({"matrix": {}, "name": "ema_update 92", "stack": 8}, "8 bytes of stack"),
         ({"matrix": {"HMMA.16816.F32.BF16": 64}}, "no matrix instruction HGMMA"),
         ({"shared": 227 * 1024 + 1}, "of shared memory"),
         ({"shared": 99 * 1024 + 1, "chip": 120, "matrix": {"HMMA.16816.F32.BF16": 8}}, "of shared memory"),
@@ -68,6 +85,59 @@ def test_the_committed_kernels_pass_on_all_chips() -> None:
     kernels = report()["kernels"]
     assert {row["chip"] for row in kernels} == {80, 90, 100, 120}
     assert [text for row in kernels for text in kernel_report.problems(row)] == []
+
+
+def test_the_committed_report_has_the_cuda_kernels() -> None:
+    assert report()["missing"] is None
+    for chip in (80, 90, 100, 120):
+        rows = [row for row in report()["kernels"] if row["chip"] == chip and row["name"].startswith("ema_update")]
+        assert rows
+        assert {row["warps"] for row in rows} == {8}
+
+
+@pytest.mark.skipif(kernel_report.find_nvcc() is None, reason="needs nvcc")
+def test_cuda_kernels_are_read_one_by_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tmp_path.joinpath("two_kernel.cu").write_text(CUDA)
+    monkeypatch.setattr(kernel_report, "SOURCES", tmp_path)
+    assert kernel_report.cuda_sources(["two 3"]) == kernel_report.cuda_sources(None) == ["two_kernel.cu"]
+    assert kernel_report.cuda_sources(["split"]) == []
+    rows = {row["name"]: row for row in kernel_report.cuda_rows(90, "two_kernel.cu")}
+    assert rows.keys() == {"good 3, float", "bad"}
+    assert (rows["good 3, float"]["warps"], rows["bad"]["warps"]) == (3, 32)
+    assert kernel_report.problems(rows["good 3, float"]) == []
+    (found,) = kernel_report.problems(rows["bad"])
+    assert "256 bytes of stack" in found
+    tmp_path.joinpath("two_kernel.cu").write_text("nonsense")
+    with pytest.raises(RuntimeError, match="nvcc cannot compile two_kernel"):
+        kernel_report.cuda_rows(90, "two_kernel.cu")
+
+
+def test_cuda_kernels_are_missed_without_nvcc(tmp_path: Path) -> None:
+    environ = {name: value for name, value in os.environ.items() if name not in ("TRITON_INTERPRET", "CUDA_HOME")}
+    environ["PATH"] = str(tmp_path)
+    command = [sys.executable, "-m", "benchmarks.kernel_report", "--check", "--only", "ema_update"]
+    root = Path(kernel_report.__file__).parents[1]
+    done = subprocess.run(command, cwd=root, env=environ, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "there is no nvcc" in done.stdout
+    assert "ema_update_kernel.cu" in done.stdout
+    assert "Not compiled" in kernel_markdown.markdown({**report(), "missing": done.stdout})
+
+
+def test_an_enqueue_moves_keys_and_as_many_rows() -> None:
+    rows = [row for row in report()["shapes"] if row["shape"].startswith("enqueue")]
+    assert len(rows) == 8
+    for row in rows:
+        size = 4 if row["shape"].endswith("fp32") else 2
+        assert row["least_bytes"] == row["device_bytes"] == 256 * 128 * 2 * size + 8 + 8 + 4
+
+
+def test_the_momentum_update_is_that_of_torchvisions_resnet_50() -> None:
+    with torch.device("meta"):
+        parameters = list(torchvision.models.resnet50().parameters())
+    for update in roofline.UPDATES:
+        assert (update.tensors, update.elements) == (len(parameters), sum(p.numel() for p in parameters))
+    assert [row["bytes"] for row in report()["updates"]] == 4 * [update.bytes for update in roofline.UPDATES]
 
 
 def test_the_committed_markdown_is_made_of_the_committed_json() -> None:

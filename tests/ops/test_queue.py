@@ -118,6 +118,15 @@ def test_odd_lengths(scale: float, backend: str) -> None:
     model.check()
 
 
+def test_nan_stays_in_its_row_and_fills_it(backend: str) -> None:
+    keys = torch.randn(3, 20)
+    keys[1, 7] = float("nan")
+    queue = KeyQueue(5, 20, fill="empty")
+    queue.enqueue_(keys)
+    assert queue.keys[1].isnan().all()
+    assert queue.keys[[0, 2]].isfinite().all()
+
+
 def test_the_oldest_rows_stay_where_they_are(backend: str) -> None:
     queue = KeyQueue(8, 4)
     before, place = queue.keys.clone(), queue.keys.data_ptr()
@@ -223,6 +232,12 @@ def test_another_capacity_says_how_to_convert(capacity: int) -> None:
 def test_wrong_keys_are_named(keys: Tensor, named: str) -> None:
     with pytest.raises(FastsslError, match=named):
         KeyQueue(8, 4).enqueue_(keys)
+
+
+def test_rows_of_the_queue_itself_are_refused() -> None:
+    queue = KeyQueue(8, 4)
+    with pytest.raises(FastsslError, match=r"keys\.clone\(\)"):
+        queue.enqueue_(queue.keys[2:4])
 
 
 @pytest.mark.parametrize(
