@@ -10,6 +10,12 @@ PY := $(VENV)/bin/python
 PIP := $(PY) -m pip --disable-pip-version-check -qq
 SOURCES := pyproject.toml setup.py CMakeLists.txt $(shell find csrc -type f)
 
+# What clang-format sees, and what clang-tidy sees: CMake compiles those of csrc/ that need no CUDA.
+CPP := $(shell find csrc tests/csrc -name '*.cpp' -o -name '*.cu')
+HEADERS := $(shell find csrc tests/csrc -name '*.h' -o -name '*.cuh')
+TIDY_STAMPS = $(addprefix $(VENV)/tidy/,$(filter-out csrc/ops/cuda/%,$(filter csrc/%.cpp,$(CPP))))
+COMMANDS = $(firstword $(wildcard build/temp*/compile_commands.json))  # once a recipe runs, the extension is built
+
 # A stamp records what an installation was made from; a second call installs nothing.
 TORCH_STAMP := $(VENV)/.torch-$(TORCH)-$(TORCHVISION)
 BASE_STAMP := $(VENV)/.fastssl
@@ -17,7 +23,7 @@ DALI_STAMP := $(VENV)/.dali-$(DALI)
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup demo test lint bench
+.PHONY: help setup demo test lint tidy bench
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "%-8s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -32,10 +38,23 @@ demo: $(BASE_STAMP) ## Train MoCo on the embedded data; ARGS='--help' lists the 
 test: lint ## Lint, then test; ARGS='-m "not slow"' goes to pytest
 	@$(PY) -m pytest $(ARGS)
 
-lint: $(BASE_STAMP) ## Check style, format and types
+lint: $(BASE_STAMP) ## Check style, format, types and what clang finds in the C++
 	@$(PY) -m ruff check
 	@$(PY) -m ruff format --check
 	@$(PY) -m mypy
+	@$(VENV)/bin/clang-format --dry-run --Werror $(CPP) $(HEADERS)
+	@$(MAKE) --no-print-directory -j2 tidy
+
+# torch's headers take a clang-tidy many seconds, so a stamp says which files are clean; a header dirties them all.
+# Without a compiler there was no build, and no compile_commands.json to say how files are compiled.
+tidy: $(if $(COMMANDS),$(TIDY_STAMPS))
+	@$(if $(COMMANDS),,echo "clang-tidy is left out: the extension was not built")
+
+$(VENV)/tidy/%: % $(HEADERS) .clang-tidy CMakeLists.txt pyproject.toml
+	@echo "clang-tidy $<"
+	@mkdir -p $(dir $@)
+	@$(VENV)/bin/clang-tidy --quiet -p $(dir $(COMMANDS)) $< 2> $@.log || { cat $@.log; exit 1; }
+	@touch $@
 
 bench: $(BASE_STAMP) ## Run the benchmarks; ARGS goes to pytest
 	@$(PY) -m pytest benchmarks/ --benchmark-only $(ARGS)

@@ -1,14 +1,14 @@
 // Answers with the compiler's own macros: what was done, not what was asked for.
 #include "build_info.h"
 
-#include "ops/cpu/panel.h"
-
 #include <pybind11/stl.h>
 #include <torch/version.h>
 
 #include <sstream>
 #include <string>
 #include <vector>
+
+#include "ops/cpu/panel.h"
 
 #ifdef FASTSSL_WITH_CUDA
 #include "cuda/runtime.h"

@@ -1,4 +1,5 @@
-// The momentum update of a list of tensors. fastssl/ops/ema.py has the schema, the formula and the checks of the inputs.
+// The momentum update of a list of tensors. fastssl/ops/ema.py has the schema, the formula and the checks of the
+// inputs.
 #pragma once
 
 #include <ATen/core/Tensor.h>

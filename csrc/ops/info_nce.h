@@ -16,9 +16,10 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> info_nce_
     const std::optional<at::Tensor>& count, bool negatives_normalized, bool gradients);
 
 // The gradient of the negatives, in their dtype; in-batch (`exclude_diagonal`) in float32, for it is only a part.
-at::Tensor info_nce_negatives_cpu(
-    const at::Tensor& grad_loss, const at::Tensor& lse, const at::Tensor& query, const at::Tensor& negative_keys,
-    double temperature, const std::optional<at::Tensor>& temperature_tensor, const std::optional<at::Tensor>& first,
-    const std::optional<at::Tensor>& count, bool negatives_normalized, bool exclude_diagonal);
+at::Tensor info_nce_negatives_cpu(const at::Tensor& grad_loss, const at::Tensor& lse, const at::Tensor& query,
+                                  const at::Tensor& negative_keys, double temperature,
+                                  const std::optional<at::Tensor>& temperature_tensor,
+                                  const std::optional<at::Tensor>& first, const std::optional<at::Tensor>& count,
+                                  bool negatives_normalized, bool exclude_diagonal);
 
 }  // namespace fastssl::ops

@@ -2,15 +2,15 @@
 #include "shuffle.h"
 
 #include <ATen/ATen.h>
-#include <torch/csrc/distributed/c10d/GroupRegistry.hpp>
-#include <torch/csrc/distributed/c10d/ProcessGroup.hpp>
 #include <torch/library.h>
 #include <torch/version.h>
 
 #include <numeric>
+#include <torch/csrc/distributed/c10d/GroupRegistry.hpp>
+#include <torch/csrc/distributed/c10d/ProcessGroup.hpp>
 #include <vector>
 
-#include "host_buffers.h"
+#include "tensors/host_buffers.h"
 
 namespace fastssl::ops {
 namespace {
@@ -44,12 +44,12 @@ at::Tensor exchange_rows(const at::Tensor& x, const std::optional<at::Tensor>& o
   const at::Tensor rows = as_bytes(x.contiguous(layout));
   std::vector<int64_t> shape = x.sizes().vec();
   shape[0] = std::accumulate(receive.begin(), receive.end(), int64_t{0});
-  const at::Tensor shuffled = empty_reused(shape, x.options().memory_format(layout));
+  const at::Tensor shuffled = tensors::empty_reused(shape, x.options().memory_format(layout));
   if (shuffled.numel() + x.numel() == 0) return shuffled;
   const bool alone = send.size() == 1;
   at::Tensor packed = alone ? as_bytes(shuffled) : rows;
   if (order) {
-    if (!alone) packed = empty_reused({sent, rows.size(1)}, rows.options());
+    if (!alone) packed = tensors::empty_reused({sent, rows.size(1)}, rows.options());
     at::index_select_out(packed, rows, 0, *order);
   } else if (alone) {
     packed.copy_(rows);

@@ -8,8 +8,8 @@
 
 namespace fastssl::ops {
 
-// Sends the rows `order` of x (or all, as they lie), send[r] of them to rank r, and returns receive[r] rows of each rank r
-// in the order of ranks. They may be read after c10d's wait_tensor. A single rank needs no group.
+// Sends the rows `order` of x (or all, as they lie), send[r] of them to rank r, and returns receive[r] rows of each
+// rank r in the order of ranks. They may be read after c10d's wait_tensor. A single rank needs no group.
 at::Tensor exchange_rows(const at::Tensor& x, const std::optional<at::Tensor>& order, at::IntArrayRef send,
                          at::IntArrayRef receive, const std::string& group);
 

@@ -92,7 +92,7 @@ class KeyQueue(nn.Module):
             )
         if keys.device != self.keys.device:
             raise FastsslError(f"keys are on {keys.device} and the queue on {self.keys.device}")
-        if not torch.compiler.is_compiling() and torch._C._is_alias_of(keys, self.keys):
+        if not torch.compiler.is_compiling() and _memory(keys) == _memory(self.keys):
             raise FastsslError("keys are rows of the queue itself, which is written to: give a copy, keys.clone()")
         dtype = torch.promote_types(self.keys.dtype, keys.dtype)  # float64 on either side is left to `reference`
         run = backend.implementation("enqueue_", self.keys.device, dtype)
@@ -128,6 +128,11 @@ class KeyQueue(nn.Module):
                 "new queue with fill='empty'"
             )
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+
+
+def _memory(x: Tensor) -> int:
+    """The address of the storage."""
+    return x.untyped_storage().data_ptr()
 
 
 library.define(

@@ -4,9 +4,9 @@
 #include <algorithm>
 #include <vector>
 
-#include "../ema_segments.h"
 #include "../ema_update.h"
 #include "ema_chunk.h"
+#include "tensors/ema_segments.h"
 #include "work.h"
 
 namespace fastssl::ops {
@@ -20,7 +20,7 @@ void ema_update_cpu(at::TensorList targets, at::TensorList sources, at::TensorLi
                     const std::optional<at::Tensor>& momentum_tensor) {
   const at::AutoDispatchBelowADInplaceOrView plain_arithmetic;
   const double m = momentum_tensor ? momentum_tensor->item<double>() : momentum;
-  const Segments segments(targets, sources, shadows);
+  const tensors::Segments segments(targets, sources, shadows);
   const std::vector<Segment>& list = segments.list();
   std::vector<int64_t> ends;  // of the segments, in chunks
   ends.reserve(list.size());

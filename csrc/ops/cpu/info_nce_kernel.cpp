@@ -3,7 +3,6 @@
 // Work items are (block of queries) × (split of the keys). Their number depends on the shape alone and the splits are
 // combined in order, so the same input gives the same bits on any number of threads. All logits are in base 2.
 #include <ATen/ATen.h>
-#include <ATen/Parallel.h>
 #include <c10/util/irange.h>
 
 #include <algorithm>
@@ -29,7 +28,6 @@ using cpu::floats;
 using cpu::Keys;
 using cpu::keys_of_tile;
 using cpu::kPanel;
-using cpu::Length;
 using cpu::Pair;
 using cpu::panel;
 using cpu::Queries;
@@ -105,7 +103,7 @@ struct Combined {
 Outputs combine(const Partials& partials, const UnitRows& query, const UnitRows& positive, float t, bool gradients) {
   const int64_t n = query.n, d = query.d;
   Outputs out(n, d, gradients);
-  at::parallel_for(0, partials.panels, 1, [&](int64_t begin, int64_t end) {
+  cpu::parallel_for(0, partials.panels, 1, [&](int64_t begin, int64_t end) {
     for (const auto p : irange(begin, end)) {
       const Combined all(partials, p, gradients);
       for (int64_t i = p * kPanel, x = 0; i < n && x < kPanel; ++i, ++x) {
@@ -180,9 +178,8 @@ Partials unpaired_pairs(const QueryPairs& queries, int64_t n, int64_t d, const K
         panel().multiply_pairs(k.data, k.stride, 1, queries.panel(p), kPanel, rows, queries.pairs, false, logits,
                                kPanel);
         const int64_t at = partials.at(split, p);
-        const bool changed =
-            panel().absorb_pairs(logits, rows, &queries.scale[p * kPanel], inverse_lengths.data(),
-                                 &partials.maximum[at], &partials.sum[at], rescale, weights.data());
+        const bool changed = panel().absorb_pairs(logits, rows, &queries.scale[p * kPanel], inverse_lengths.data(),
+                                                  &partials.maximum[at], &partials.sum[at], rescale, weights.data());
         if (!gradients) continue;
         if (changed && l > from) panel().scale(partials.panel(split, p), d, rescale);
         panel().multiply_pairs(rows_in_pairs.data(), 1, d, weights.data(), kPanel, d, divide_up(rows, 2), l > from,
@@ -213,8 +210,9 @@ Partials paired(const UnitRows& query, float factor, const Tensor& negatives, bo
       if (rescale != 1.f) cpu::scale_(weighted.data(), rescale, d);
       for (const auto j : irange(rows)) cpu::axpy_(weighted.data(), logits[j], k.data + j * k.stride, d);
     }
-    float* const column = gradients ? partials.panel(split, i / kPanel) + i % kPanel : nullptr;
-    for (const auto c : irange(gradients ? d : 0)) column[c * kPanel] = weighted[c];
+    if (!gradients) return;
+    float* const column = partials.panel(split, i / kPanel) + i % kPanel;
+    for (const auto c : irange(d)) column[c * kPanel] = weighted[c];
   });
   return partials;
 }

@@ -92,12 +92,11 @@ Tensor info_nce_negatives_cpu(const Tensor& grad_loss, const Tensor& lse, const 
                               const std::optional<Tensor>& temperature_tensor, const std::optional<Tensor>& first,
                               const std::optional<Tensor>& count, bool negatives_normalized, bool exclude_diagonal) {
   cpu::check_rows(query, negative_keys);
-  TORCH_CHECK(grad_loss.dim() == 1 && lse.dim() == 1 && grad_loss.size(0) == query.size(0) &&
-                  lse.size(0) == query.size(0),
-              "grad and lse must have ", query.size(0), " elements, got ", grad_loss.sizes(), " and ", lse.sizes());
+  TORCH_CHECK(
+      grad_loss.dim() == 1 && lse.dim() == 1 && grad_loss.size(0) == query.size(0) && lse.size(0) == query.size(0),
+      "grad and lse must have ", query.size(0), " elements, got ", grad_loss.sizes(), " and ", lse.sizes());
   const at::AutoDispatchBelowADInplaceOrView plain_arithmetic;
-  const Tensor gradient =
-      at::zeros(negative_keys.sizes(), exclude_diagonal ? at::kFloat : negative_keys.scalar_type());
+  const Tensor gradient = at::zeros(negative_keys.sizes(), exclude_diagonal ? at::kFloat : negative_keys.scalar_type());
   if (gradient.numel() == 0 || query.size(0) == 0) return gradient;
   const float t = cpu::scalar(temperature, temperature_tensor), factor = cpu::kLog2e / t;
   const UnitRows q(query);

@@ -3,8 +3,8 @@
 
 #include <algorithm>
 
-#include "../element_type.h"
 #include "../key_queue.h"
+#include "tensors/element_type.h"
 #include "unit_row.h"
 #include "work.h"
 
@@ -27,7 +27,7 @@ void enqueue_cpu(const at::Tensor& queue, const at::Tensor& tail, const at::Tens
   const at::Tensor rows = dim > 1 && keys.stride(1) != 1 ? keys.contiguous() : keys;
   const char* const from = static_cast<const char*>(rows.const_data_ptr());
   char* const to = static_cast<char*>(queue.mutable_data_ptr());
-  const Type from_type = type_of(rows), to_type = type_of(queue);
+  const Type from_type = tensors::type_of(rows), to_type = tensors::type_of(queue);
   const int64_t from_stride = rows.stride(0) * rows.element_size(), to_stride = dim * queue.element_size();
   cpu::over_items(cpu::divide_up(kept, kRows), [&](int64_t item) {
     for (int64_t i = item * kRows; i < std::min((item + 1) * kRows, kept); ++i) {

@@ -15,11 +15,10 @@ using c10::irange;
 
 Keys::Keys(const at::Tensor& keys, const std::optional<at::Tensor>& first, const std::optional<at::Tensor>& count,
            bool normalized)
-    : keys_(keys), normalized_(normalized) {
+    : keys_(keys), normalized_(normalized), plain_rows_(keys.stride(1) == 1) {
   const int64_t rows = keys.size(0);
   count_ = count ? std::clamp<int64_t>(count->item<int64_t>(), 0, rows) : rows;
   first_ = first && rows > 0 ? (first->item<int64_t>() % rows + rows) % rows : 0;
-  plain_rows_ = keys.stride(1) == 1;
 }
 
 int64_t Keys::together(int64_t l, int64_t rows) const { return std::min(rows, keys_.size(0) - place(l)); }

@@ -1,12 +1,12 @@
 // BYOL's loss row by row: ‖p̂ − ẑ‖², which is 2 − 2·cos without the cancellation near 0; its gradient is 2(p̂ − ẑ).
 #include <ATen/ATen.h>
-#include <ATen/Parallel.h>
 #include <c10/util/irange.h>
 
 #include <algorithm>
 
 #include "../normalized_mse.h"
 #include "rows.h"
+#include "work.h"
 
 namespace fastssl::ops {
 namespace {
@@ -17,13 +17,13 @@ constexpr int64_t kRows = 64;  // rows of a tile: both inputs stay in the first-
 
 std::tuple<at::Tensor, at::Tensor> normalized_mse_cpu(const at::Tensor& prediction, const at::Tensor& target,
                                                       bool gradients) {
-  TORCH_CHECK(prediction.dim() == 2 && prediction.sizes() == target.sizes(),
-              "prediction and target must be N×D, got ", prediction.sizes(), " and ", target.sizes());
+  TORCH_CHECK(prediction.dim() == 2 && prediction.sizes() == target.sizes(), "prediction and target must be N×D, got ",
+              prediction.sizes(), " and ", target.sizes());
   const at::AutoDispatchBelowADInplaceOrView plain_arithmetic;
   const int64_t n = prediction.size(0), d = prediction.size(1);
   const at::Tensor loss = at::empty({n}, at::kFloat);
   const at::Tensor gradient = gradients ? at::empty({n, d}, at::kFloat) : at::empty({0}, at::kFloat);
-  at::parallel_for(0, n, kRows, [&](int64_t begin, int64_t end) {
+  cpu::parallel_for(0, n, kRows, [&](int64_t begin, int64_t end) {
     const at::AutoDispatchBelowADInplaceOrView plain_arithmetic;  // a thread does not inherit the caller's
     const at::Tensor p_tile = at::empty({kRows, d}, at::kFloat), z_tile = at::empty({kRows, d}, at::kFloat);
     for (int64_t first = begin; first < end; first += kRows) {

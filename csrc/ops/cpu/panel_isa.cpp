@@ -26,9 +26,9 @@ constexpr int kLanes = 4, kRows = 4, kColumns = 2;
 constexpr int kVectors = kPanel / kLanes;
 
 // Registers as they lie in memory: of any alignment, and allowed to alias floats.
-typedef float Floats __attribute__((vector_size(4 * kLanes), aligned(4), may_alias));
-typedef int32_t Ints __attribute__((vector_size(4 * kLanes), aligned(4), may_alias));
-typedef uint32_t Bits __attribute__((vector_size(4 * kLanes), aligned(4), may_alias));
+using Floats __attribute__((vector_size(4 * kLanes), aligned(4), may_alias)) = float;
+using Ints __attribute__((vector_size(4 * kLanes), aligned(4), may_alias)) = int32_t;
+using Bits __attribute__((vector_size(4 * kLanes), aligned(4), may_alias)) = uint32_t;
 
 #define FASTSSL_INLINE [[gnu::always_inline]] static inline
 
@@ -186,6 +186,7 @@ void scale(float* c, int64_t rows, const float* factor) {
 #define FASTSSL_NAME(x) FASTSSL_STRING(x)
 extern const Panel FASTSSL_ISA;
 const Panel FASTSSL_ISA = {
-    multiply<Single>, multiply<Paired>, absorb, absorb_pairs, weigh, scale, FASTSSL_NAME(FASTSSL_ISA)};
+    multiply<Single>, multiply<Paired>, absorb, absorb_pairs, weigh, scale, FASTSSL_NAME(FASTSSL_ISA),
+};
 
 }  // namespace fastssl::cpu

@@ -2,7 +2,6 @@
 #include "queries.h"
 
 #include <ATen/ATen.h>
-#include <ATen/Parallel.h>
 #include <c10/util/irange.h>
 
 #include <algorithm>
@@ -27,8 +26,8 @@ void check_rows(const Tensor& query, const Tensor& keys) {
               "keys must have the query's dtype ", dtype, ", or be of half precision with a float32 query, got ",
               keys.scalar_type());
   TORCH_CHECK(query.dim() == 2 && query.size(1) > 0, "query must be N×D with D > 0, got ", query.sizes());
-  TORCH_CHECK(keys.dim() == 2 || (keys.dim() == 3 && keys.size(0) == query.size(0)),
-              "keys must be M×D or N×M×D, got ", keys.sizes());
+  TORCH_CHECK(keys.dim() == 2 || (keys.dim() == 3 && keys.size(0) == query.size(0)), "keys must be M×D or N×M×D, got ",
+              keys.sizes());
   TORCH_CHECK(keys.size(-1) == query.size(1), "keys must have ", query.size(1), " components, got ", keys.sizes());
 }
 
@@ -39,7 +38,7 @@ UnitRows::UnitRows(const Tensor& x)
       unit(at::zeros({divide_up(n, kPanel) * kPanel, stride}, at::kFloat)),
       lengths(n) {
   unit.narrow(0, 0, n).narrow(1, 0, d).copy_(x);
-  at::parallel_for(0, n, 64, [&](int64_t begin, int64_t end) {
+  parallel_for(0, n, 64, [&](int64_t begin, int64_t end) {
     for (const auto i : irange(begin, end)) {
       lengths[i] = length(row(i), d);
       scale_(row(i), lengths[i].inverse, d);
@@ -49,7 +48,7 @@ UnitRows::UnitRows(const Tensor& x)
 
 Queries::Queries(const UnitRows& query, float factor) : panels(divide_up(query.n, kPanel)), d(query.d) {
   columns = at::zeros({panels, d, kPanel}, at::kFloat);
-  at::parallel_for(0, query.n, kPanel, [&](int64_t begin, int64_t end) {
+  parallel_for(0, query.n, kPanel, [&](int64_t begin, int64_t end) {
     for (const auto i : irange(begin, end)) {
       float* const column = data(columns) + i / kPanel * d * kPanel + i % kPanel;
       for (const auto c : irange(d)) column[c * kPanel] = query.row(i)[c] * factor;
@@ -62,7 +61,7 @@ QueryPairs::QueryPairs(const Tensor& query, const UnitRows& unit, float factor)
       columns(divide_up(unit.n, kPanel) * pairs * kPanel, 0),
       scale(divide_up(unit.n, kPanel) * kPanel, 0.f) {
   const Tensor raw = query.to(at::kFloat).contiguous();
-  at::parallel_for(0, unit.n, kPanel, [&](int64_t begin, int64_t end) {
+  parallel_for(0, unit.n, kPanel, [&](int64_t begin, int64_t end) {
     for (const auto i : irange(begin, end)) {
       const float* const row = raw.const_data_ptr<float>() + i * unit.d;
       float largest = 0;

@@ -7,6 +7,10 @@
 #include <algorithm>
 #include <atomic>
 #include <optional>
+#ifdef FASTSSL_STD_THREADS
+#include <thread>
+#include <vector>
+#endif
 
 #include "panel.h"
 
@@ -30,12 +34,35 @@ inline float scalar(double value, const std::optional<at::Tensor>& tensor) {
   return static_cast<float>(tensor ? tensor->item<double>() : value);
 }
 
+// at::get_num_threads() and at::parallel_for. With FASTSSL_STD_THREADS, a number, they are that many std::threads,
+// because ThreadSanitizer does not understand what orders OpenMP's; torch itself is to have one thread then.
+#ifdef FASTSSL_STD_THREADS
+inline int64_t threads() { return FASTSSL_STD_THREADS; }
+
+template <typename Work>
+void parallel_for(int64_t begin, int64_t end, int64_t grain, const Work& work) {
+  const int64_t length = std::max(divide_up(end - begin, threads()), grain);
+  std::vector<std::thread> workers;
+  for (int64_t first = begin; first < end; first += length) {
+    workers.emplace_back([&work, first, last = std::min(first + length, end)] { work(first, last); });
+  }
+  for (std::thread& worker : workers) worker.join();
+}
+#else
+inline int64_t threads() { return at::get_num_threads(); }
+
+template <typename Work>
+void parallel_for(int64_t begin, int64_t end, int64_t grain, const Work& work) {
+  at::parallel_for(begin, end, grain, work);
+}
+#endif
+
 // Calls work(item) for every item, each on whichever thread is free: a thread that shares its core does not hold up the
 // others.
 template <typename Work>
 void over_items(int64_t items, const Work& work) {
   std::atomic<int64_t> next{0};
-  at::parallel_for(0, std::min<int64_t>(items, at::get_num_threads()), 1, [&](int64_t, int64_t) {
+  parallel_for(0, std::min(items, threads()), 1, [&](int64_t, int64_t) {
     const at::AutoDispatchBelowADInplaceOrView plain_arithmetic;  // a thread does not inherit the caller's
     for (int64_t item = next++; item < items; item = next++) work(item);
   });

@@ -7,8 +7,8 @@
 #include <c10/cuda/CUDAStream.h>
 #include <torch/library.h>
 
-#include "../ema_segments.h"
 #include "ema_update_kernel.h"
+#include "tensors/ema_segments.h"
 
 namespace fastssl::ops {
 
@@ -16,7 +16,7 @@ void ema_update_cuda(at::TensorList targets, at::TensorList sources, at::TensorL
                      const std::optional<at::Tensor>& momentum_tensor) {
   if (targets.empty()) return;
   const c10::cuda::CUDAGuard on_device(targets[0].device());
-  const Segments segments(targets, sources, shadows);
+  const tensors::Segments segments(targets, sources, shadows);
   at::Tensor on_gpu;  // stays alive until the launch is in the stream
   if (momentum_tensor) on_gpu = momentum_tensor->to(targets[0].device(), at::kDouble);
   C10_CUDA_CHECK(ema_update_launch(segments.list().data(), segments.list().size(), momentum,

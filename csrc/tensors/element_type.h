@@ -3,12 +3,13 @@
 
 #include <ATen/core/Tensor.h>
 
-#include "ema_segment.h"
+#include "ops/ema_segment.h"
 
-namespace fastssl::ops {
+namespace fastssl::tensors {
 
 // kBytes for all that the kernels do not compute with.
-inline Type type_of(const at::Tensor& x) {
+inline ops::Type type_of(const at::Tensor& x) {
+  using ops::Type;
   switch (x.scalar_type()) {
     case at::kFloat:
       return Type::kFloat;
@@ -23,4 +24,4 @@ inline Type type_of(const at::Tensor& x) {
   }
 }
 
-}  // namespace fastssl::ops
+}  // namespace fastssl::tensors

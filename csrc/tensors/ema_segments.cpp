@@ -5,7 +5,11 @@
 
 #include "element_type.h"
 
-namespace fastssl::ops {
+namespace fastssl::tensors {
+
+using ops::Segment;
+using ops::Type;
+
 namespace {
 
 // Whether element i of the memory of both is the same element; what the stride of a dimension of size 1 is, is moot.
@@ -36,8 +40,9 @@ void Segments::add(const at::Tensor& given, const at::Tensor& source, const at::
   }
   const Type type = type_of(target);
   TORCH_CHECK_VALUE(type != Type::kHalf && type != Type::kBFloat16, "a target is ", target.scalar_type());
-  Segment segment{target.data_ptr(), in_layout_of(target, source).data_ptr(), nullptr, target.numel(),
-                  type,              type_of(source),                         Type::kNone};
+  Segment segment{
+      target.data_ptr(), in_layout_of(target, source).data_ptr(), nullptr, target.numel(), type, type_of(source),
+      Type::kNone};
   if (type == Type::kBytes) segment.count = static_cast<int64_t>(target.nbytes());
   if (shadow != nullptr) {
     const Type wanted = type_of(*shadow);
@@ -65,4 +70,4 @@ void Segments::write_back() const {
   for (const auto& [to, from] : back_) to.copy_(from);
 }
 
-}  // namespace fastssl::ops
+}  // namespace fastssl::tensors

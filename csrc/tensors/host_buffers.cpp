@@ -7,10 +7,10 @@
 #include <mutex>
 #include <vector>
 
-namespace fastssl::ops {
+namespace fastssl::tensors {
 namespace {
 
-constexpr size_t kBlocks = 8;              // a step of symmetric MoCo has four in flight
+constexpr size_t kBlocks = 8;                  // a step of symmetric MoCo has four in flight
 constexpr size_t kSmallest = size_t{1} << 20;  // below, malloc is as quick
 
 class Blocks {
@@ -35,11 +35,10 @@ class Blocks {
 }  // namespace
 
 at::Tensor empty_reused(at::IntArrayRef shape, const at::TensorOptions& options) {
-  at::Tensor fresh = at::empty({0}, options.memory_format(std::nullopt));
   const at::Tensor like = at::empty(shape, options.device(at::kMeta));
   if (options.device().type() != at::kCPU || like.nbytes() < kSmallest) return at::empty(shape, options);
   static Blocks& blocks = *new Blocks;  // never destroyed: tensors may outlive the statics
-  return fresh.set_(blocks.take(like.nbytes()), 0, like.sizes(), like.strides());
+  return at::empty({0}, like.options().device(at::kCPU)).set_(blocks.take(like.nbytes()), 0, shape, like.strides());
 }
 
-}  // namespace fastssl::ops
+}  // namespace fastssl::tensors

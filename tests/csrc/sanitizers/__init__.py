@@ -1,0 +1,1 @@
+"""What runs under sanitizers; test_sanitizers.py builds and starts it."""
