@@ -17,8 +17,8 @@ def run(function: Callable[..., None], world: int, *arguments: Any) -> None:
     start_processes(function, arguments, nprocs=world, start_method="forkserver")
 
 
-def meet(rank: int, world: int, meeting: str, seconds: float = 60) -> None:
-    """Make the default process group, over gloo; `meeting` is the path of a file that does not exist yet."""
+def meet(rank: int, world: int, meeting: str, seconds: float = 60, backend: str = "gloo") -> None:
+    """Make the default process group; `meeting` is the path of a file that does not exist yet."""
     torch.set_num_threads(1)
     timeout = datetime.timedelta(seconds=seconds)
-    dist.init_process_group("gloo", init_method=f"file://{meeting}", rank=rank, world_size=world, timeout=timeout)
+    dist.init_process_group(backend, init_method=f"file://{meeting}", rank=rank, world_size=world, timeout=timeout)

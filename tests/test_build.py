@@ -168,7 +168,7 @@ def test_triton_must_be_recent(version: str, expected: str | None, monkeypatch: 
 
 
 def test_bare_installation_works_with_one_warning() -> None:
-    """No extension, no Triton, no DALI: one warning, and an op that runs."""
+    """No extension, no Triton, no DALI: one warning, and ops that run."""
     script = """
         import sys
         import warnings
@@ -193,6 +193,12 @@ def test_bare_installation_works_with_one_warning() -> None:
         import torch
         loss = fastssl.ops.info_nce(torch.eye(4), torch.eye(4))
         assert loss.isfinite()
+        queue = fastssl.ops.KeyQueue(8, 4)
+        queue.enqueue_(torch.eye(4))
+        queue.dequeue_(1)
+        fastssl.ops.ema_update_([torch.zeros(3)], [torch.ones(3)], 0.9)
+        shuffled, handle = fastssl.ops.shuffle_batch(torch.eye(4), generator=torch.Generator())
+        assert fastssl.ops.unshuffle_batch(shuffled, handle).equal(torch.eye(4))
     """
     run = subprocess.run([sys.executable, "-c", textwrap.dedent(script)], capture_output=True, text=True, cwd=ROOT)
     assert run.returncode == 0, run.stderr

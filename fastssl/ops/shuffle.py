@@ -59,7 +59,7 @@ def shuffle_batch(
         The shuffled rows (B×…, no gradient; read them after ``handle.wait()``) and the handle for `unshuffle_batch`.
 
     Raises:
-        ValueError: B differs between ranks.
+        ValueError: B differs between ranks, `x` has no rows, or the generator is not on the CPU.
         RuntimeError: a rank has died or did not take part within the process group's timeout.
 
     Example:
@@ -71,11 +71,15 @@ def shuffle_batch(
     """
     if x.dim() == 0:
         raise FastsslError("shuffle_batch: x must have rows, got a tensor without dimensions")
+    if generator.device.type != "cpu":
+        raise FastsslError(
+            f"shuffle_batch: the generator must be on the CPU, where all ranks' are alike, not on {generator.device}"
+        )
     world, rank = reference.world_size(group), reference.rank(group)
+    run = backend.implementation("shuffle_batch", x.device, x.dtype)
     with _named("shuffle_batch"):
         sizes = _exchange_sizes(x, group) if world > 1 else None
         drawn = deal.draw(len(x), world, rank, generator)
-        run = backend.implementation("shuffle_batch", x.device, x.dtype)
         shuffled: Tensor = run(x.detach(), drawn, group)
     return shuffled, ShuffleHandle(drawn, group, shuffled, sizes)
 
@@ -93,8 +97,8 @@ def unshuffle_batch(keys: Tensor, handle: ShuffleHandle) -> Tensor:
         RuntimeError: a rank has died or did not take part within the process group's timeout.
     """
     _check_rows("unshuffle_batch", keys, handle)
+    run = backend.implementation("unshuffle_batch", keys.device, keys.dtype)
     with _named("unshuffle_batch"):
-        run = backend.implementation("unshuffle_batch", keys.device, keys.dtype)
         restored: Tensor = run(keys.detach(), handle.deal, handle.group)
     return restored
 
@@ -186,6 +190,8 @@ def _named(op: str) -> Iterator[None]:
     """Errors of the process group do not say which op they come from."""
     try:
         yield
+    except torch.OutOfMemoryError:
+        raise
     except RuntimeError as error:
         raise RuntimeError(f"{op}: the exchange with the other ranks failed; has one of them died? {error}") from error
 

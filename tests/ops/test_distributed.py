@@ -53,12 +53,12 @@ def moco_worker(rank: int, folder: str) -> None:
                 dist.destroy_process_group()
 
 
-def check_shuffle(rank: int, world: int, group: Group) -> None:
+def check_shuffle(rank: int, world: int, group: Group, device: str = "cpu") -> None:
     """Rows come from every rank, nothing is lost, and both ways back are the identity."""
     generator = torch.Generator().manual_seed(4)
     for batch in (0, 1, 2, 3, 6, 7, 8, 13):
         for dtype in DTYPES:
-            x = (31 * rank + torch.arange(batch)).view(batch, 1, 1).expand(batch, 2, 3)
+            x = (31 * rank + torch.arange(batch, device=device)).view(batch, 1, 1).expand(batch, 2, 3)
             x = x.to(dtype) if dtype != torch.bool else x % 2 == 0
             shuffled, handle = shuffle_batch(x, generator=generator, group=group)
             handle.wait()
@@ -72,7 +72,7 @@ def check_shuffle(rank: int, world: int, group: Group) -> None:
             keys, everyone = unshuffle_and_gather(shuffled, handle)
             assert torch.equal(keys, x)
             assert torch.equal(everyone, gather(shuffled, group) if world > 1 else x)
-    images = torch.randn(5, 3, 4, 6).contiguous(memory_format=torch.channels_last)
+    images = torch.randn(5, 3, 4, 6, device=device).contiguous(memory_format=torch.channels_last)
     shuffled, handle = shuffle_batch(images, generator=generator, group=group)
     handle.wait()
     assert torch.equal(unshuffle_batch(shuffled[:, 0], handle), images[:, 0])
@@ -203,6 +203,24 @@ def test_shuffle_over_one_to_four_processes(tmp_path: Path) -> None:
 @pytest.mark.slow  # four processes
 def test_moco_over_several_processes_is_that_of_one(tmp_path: Path) -> None:
     processes.run(moco_worker, WORLD, str(tmp_path))
+
+
+def nccl_worker(rank: int, world: int, folder: str) -> None:
+    torch.cuda.set_device(rank)
+    processes.meet(rank, world, f"{folder}/nccl", backend="nccl")
+    try:
+        for name in ("cuda", "reference"):
+            with use_backend(name):
+                check_shuffle(rank, world, None, "cuda")
+    finally:
+        dist.destroy_process_group()
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
+def test_shuffle_over_nccl(tmp_path: Path) -> None:
+    world = torch.cuda.device_count()
+    processes.run(nccl_worker, world, world, str(tmp_path))
 
 
 def dies_before(rank: int, batch: Tensor) -> None:

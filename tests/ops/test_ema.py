@@ -224,6 +224,21 @@ def test_data_that_moved_is_found(device: str) -> None:
     assert old.tolist() == [0.5] * 4
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_a_captured_graph_follows_the_momentum_on_the_device() -> None:
+    target, source = torch.zeros(5000, device="cuda"), torch.ones(5000, device="cuda")
+    momentum = torch.tensor(1.0, dtype=torch.float64, device="cuda")
+    ema_update_([target], [source], momentum)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        ema_update_([target], [source], momentum)
+    for m, expected in ((0.5, 0.5), (0.5, 0.75), (0.0, 1.0)):
+        momentum.fill_(m)
+        graph.replay()
+        assert (target == expected).all()
+
+
 def test_a_tensor_saved_for_backward_is_known_to_have_changed(device: str) -> None:
     x = torch.ones(3, requires_grad=True, device=device)
     target = torch.ones(3, device=device)

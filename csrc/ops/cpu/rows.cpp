@@ -7,6 +7,7 @@
 #include <limits>
 
 #include "exp2.h"
+#include "norm.h"
 #include "vectorised.h"
 
 namespace fastssl::cpu {
@@ -21,13 +22,6 @@ namespace {
   for (int i = 1; i < 7; ++i) p = p * f + kExp2[i];
   const float power = std::bit_cast<float>((std::bit_cast<int32_t>(shifted) + 127) << 23);
   return x < kLowest ? 0.f : p * power;
-}
-
-FASTSSL_VECTORISED float sum_of_squares(const float* x, int64_t n) {
-  float sum = 0;
-#pragma omp simd reduction(+ : sum)
-  for (int64_t i = 0; i < n; ++i) sum += x[i] * x[i];
-  return sum;
 }
 
 FASTSSL_VECTORISED float max(const float* x, int64_t n) {
@@ -49,13 +43,7 @@ FASTSSL_VECTORISED float exp2_sum(float* x, int64_t n, float shift) {
 
 }  // namespace
 
-float norm(const float* x, int64_t n) {
-  const float squares = sum_of_squares(x, n);
-  if (squares > 1e-30f && squares < 1e30f) return std::sqrt(squares);
-  double sum = 0;
-  for (int64_t i = 0; i < n; ++i) sum += static_cast<double>(x[i]) * x[i];
-  return static_cast<float>(std::sqrt(sum));
-}
+FASTSSL_VECTORISED float norm(const float* x, int64_t n) { return norm_of(x, n); }
 
 FASTSSL_VECTORISED float dot(const float* x, const float* y, int64_t n) {
   float sum = 0;

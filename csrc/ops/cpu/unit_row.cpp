@@ -2,8 +2,8 @@
 #include "unit_row.h"
 
 #include <algorithm>
-#include <cmath>
 
+#include "norm.h"
 #include "number.h"
 #include "rows.h"
 #include "vectorised.h"
@@ -12,17 +12,6 @@ namespace fastssl::cpu {
 namespace {
 
 using ops::Type;
-
-template <typename From>
-[[gnu::always_inline]] inline float norm(const From* x, int64_t n) {
-  float squares = 0;
-#pragma omp simd reduction(+ : squares)
-  for (int64_t i = 0; i < n; ++i) squares += to_float(x[i]) * to_float(x[i]);
-  if (squares > 1e-30f && squares < 1e30f) return std::sqrt(squares);
-  double sum = 0;  // outside the range of a float, or near its end
-  for (int64_t i = 0; i < n; ++i) sum += static_cast<double>(to_float(x[i])) * to_float(x[i]);
-  return static_cast<float>(std::sqrt(sum));
-}
 
 template <typename From, typename To>
 [[gnu::always_inline]] inline void write(void* to, const From* from, float scale, int64_t count) {
@@ -34,7 +23,7 @@ template <typename From, typename To>
 template <typename From>
 [[gnu::always_inline]] inline void convert(void* to, Type to_type, const void* from, int64_t count) {
   const From* const row = static_cast<const From*>(from);
-  const float scale = 1.f / std::max(norm(row, count), kEps);
+  const float scale = 1.f / std::max(norm_of(row, count), kEps);
   if (to_type == Type::kHalf) {
     write<From, Half>(to, row, scale, count);
   } else if (to_type == Type::kBFloat16) {
