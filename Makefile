@@ -13,8 +13,8 @@ SOURCES := pyproject.toml setup.py CMakeLists.txt $(shell find csrc -type f)
 # What clang-format sees, and what clang-tidy sees: CMake compiles those of csrc/ that need no CUDA.
 CPP := $(shell find csrc tests/csrc -name '*.cpp' -o -name '*.cu')
 HEADERS := $(shell find csrc tests/csrc -name '*.h' -o -name '*.cuh')
-TIDY_STAMPS = $(addprefix $(VENV)/tidy/,$(filter-out csrc/ops/cuda/%,$(filter csrc/%.cpp,$(CPP))))
-COMMANDS = $(firstword $(wildcard build/temp*/compile_commands.json))  # once a recipe runs, the extension is built
+TIDY := $(VENV)/tidy
+TIDY_STAMPS := $(patsubst %,$(TIDY)/%.log,$(filter-out csrc/ops/cuda/%,$(filter csrc/%.cpp,$(CPP))))
 
 # A stamp records what an installation was made from; a second call installs nothing.
 TORCH_STAMP := $(VENV)/.torch-$(TORCH)-$(TORCHVISION)
@@ -45,15 +45,20 @@ lint: $(BASE_STAMP) ## Check style, format, types and what clang finds in the C+
 	@$(VENV)/bin/clang-format --dry-run --Werror $(CPP) $(HEADERS)
 	@$(MAKE) --no-print-directory -j2 tidy
 
-# torch's headers take a clang-tidy many seconds, so a stamp says which files are clean; a header dirties them all.
-# Without a compiler there was no build, and no compile_commands.json to say how files are compiled.
-tidy: $(if $(COMMANDS),$(TIDY_STAMPS))
-	@$(if $(COMMANDS),,echo "clang-tidy is left out: the extension was not built")
+# torch's headers take a clang-tidy many seconds, so a log says that a file is clean; a header dirties them all.
+tidy: $(if $(shell command -v $(CXX)),$(TIDY_STAMPS))
+	@$(if $(shell command -v $(CXX)),,echo "clang-tidy is left out: there is no C++ compiler")
 
-$(VENV)/tidy/%: % $(HEADERS) .clang-tidy CMakeLists.txt pyproject.toml
+$(TIDY)/%.log: % $(HEADERS) .clang-tidy CMakeLists.txt pyproject.toml | $(TIDY)/compile_commands.json
 	@echo "clang-tidy $<"
 	@mkdir -p $(dir $@)
-	@$(VENV)/bin/clang-tidy --quiet -p $(dir $(COMMANDS)) $< 2> $@.log || { cat $@.log; exit 1; }
+	@$(VENV)/bin/clang-tidy --quiet -p $(TIDY) $< > $@ 2>&1 || { cat $@; exit 1; }
+
+# How each file is compiled. Nothing is: this only asks CMake.
+$(TIDY)/compile_commands.json: CMakeLists.txt $(CPP)
+	@PATH="$(abspath $(VENV)/bin):$$PATH" cmake -S . -B $(TIDY) $$($(PY) -c \
+	    'import pybind11, sys, torch; print(f"-DPython_EXECUTABLE={sys.executable} -DFASTSSL_TORCH={torch.__path__[0]} \
+	    -Dpybind11_DIR={pybind11.get_cmake_dir()}")') > $(TIDY).log || { cat $(TIDY).log; exit 1; }
 	@touch $@
 
 bench: $(BASE_STAMP) ## Run the benchmarks; ARGS goes to pytest

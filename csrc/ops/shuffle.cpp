@@ -5,9 +5,12 @@
 #include <torch/library.h>
 #include <torch/version.h>
 
+#include <mutex>
 #include <numeric>
 #include <torch/csrc/distributed/c10d/GroupRegistry.hpp>
 #include <torch/csrc/distributed/c10d/ProcessGroup.hpp>
+#include <unordered_map>
+#include <utility>
 #include <vector>
 
 #include "tensors/host_buffers.h"
@@ -32,6 +35,33 @@ c10::intrusive_ptr<c10d::Work> all_to_all(at::Tensor output, at::Tensor input, a
 #endif
 }
 
+// The exchanges that somebody may still wait for, by where their rows go.
+class Exchanges {
+ public:
+  void add(const at::Tensor& rows, c10::intrusive_ptr<c10d::Work> work) {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    works_[rows.const_data_ptr()] = std::move(work);
+  }
+  c10::intrusive_ptr<c10d::Work> find(const at::Tensor& rows) {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    const auto found = works_.find(rows.const_data_ptr());
+    return found == works_.end() ? nullptr : found->second;
+  }
+  void remove(const at::Tensor& rows) {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    works_.erase(rows.const_data_ptr());
+  }
+
+ private:
+  std::mutex mutex_;
+  std::unordered_map<const void*, c10::intrusive_ptr<c10d::Work>> works_;
+};
+
+Exchanges& exchanges() {
+  static Exchanges& all = *new Exchanges;  // never destroyed: an exchange may outlive the statics
+  return all;
+}
+
 }  // namespace
 
 at::Tensor exchange_rows(const at::Tensor& x, const std::optional<at::Tensor>& order, at::IntArrayRef send,
@@ -54,11 +84,26 @@ at::Tensor exchange_rows(const at::Tensor& x, const std::optional<at::Tensor>& o
   } else if (alone) {
     packed.copy_(rows);
   }
-  if (!alone) c10d::register_work(shuffled, all_to_all(as_bytes(shuffled), packed, receive, send, group));
+  if (!alone) exchanges().add(shuffled, all_to_all(as_bytes(shuffled), packed, receive, send, group));
   return shuffled;
 }
 
+void wait_rows(const at::Tensor& rows) {
+  if (const auto work = exchanges().find(rows)) work->wait();
+}
+
+void forget_rows(const at::Tensor& rows) { exchanges().remove(rows); }
+
 }  // namespace fastssl::ops
 
-TORCH_LIBRARY_IMPL(fastssl, CPU, library) { library.impl("exchange_rows_native", &fastssl::ops::exchange_rows); }
-TORCH_LIBRARY_IMPL(fastssl, CUDA, library) { library.impl("exchange_rows_cuda", &fastssl::ops::exchange_rows); }
+TORCH_LIBRARY_IMPL(fastssl, CPU, library) {
+  library.impl("exchange_rows_native", &fastssl::ops::exchange_rows);
+  library.impl("wait_rows_native", &fastssl::ops::wait_rows);
+  library.impl("forget_rows_native", &fastssl::ops::forget_rows);
+}
+
+TORCH_LIBRARY_IMPL(fastssl, CUDA, library) {
+  library.impl("exchange_rows_cuda", &fastssl::ops::exchange_rows);
+  library.impl("wait_rows_cuda", &fastssl::ops::wait_rows);
+  library.impl("forget_rows_cuda", &fastssl::ops::forget_rows);
+}

@@ -27,7 +27,9 @@ Segments::Segments(at::TensorList targets, at::TensorList sources, at::TensorLis
                     "targets, sources and shadows must be of equal number");
   list_.reserve(targets.size());
   for (size_t i = 0; i < targets.size(); ++i) {
-    TORCH_CHECK_VALUE(sources[i].sizes() == targets[i].sizes(), "target and source ", i, " differ in shape");
+    TORCH_CHECK_VALUE(
+        sources[i].sizes() == targets[i].sizes() && (shadows.empty() || shadows[i].sizes() == targets[i].sizes()),
+        "target ", i, " differs in shape from its source or shadow");
     if (targets[i].numel() > 0) add(targets[i], sources[i], shadows.empty() ? nullptr : &shadows[i]);
   }
 }
@@ -40,8 +42,9 @@ void Segments::add(const at::Tensor& given, const at::Tensor& source, const at::
   }
   const Type type = type_of(target);
   TORCH_CHECK_VALUE(type != Type::kHalf && type != Type::kBFloat16, "a target is ", target.scalar_type());
+  TORCH_CHECK_VALUE(type == Type::kBytes || type_of(source) != Type::kBytes, "a source is ", source.scalar_type());
   Segment segment{
-      target.data_ptr(), in_layout_of(target, source).data_ptr(), nullptr, target.numel(), type, type_of(source),
+      target.data_ptr(), in_layout_of(target, source).const_data_ptr(), nullptr, target.numel(), type, type_of(source),
       Type::kNone};
   if (type == Type::kBytes) segment.count = static_cast<int64_t>(target.nbytes());
   if (shadow != nullptr) {

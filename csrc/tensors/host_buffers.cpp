@@ -4,6 +4,7 @@
 #include <ATen/ATen.h>
 
 #include <algorithm>
+#include <atomic>
 #include <mutex>
 #include <vector>
 
@@ -21,8 +22,15 @@ class Blocks {
       return block.use_count() == 1 && block.nbytes() >= bytes && block.nbytes() <= 2 * bytes;
     };
     const auto found = std::find_if(blocks_.begin(), blocks_.end(), fits);
-    if (found != blocks_.end()) return *found;
-    if (blocks_.size() == kBlocks) blocks_.erase(blocks_.begin());  // those of another batch size go in time
+    if (found != blocks_.end()) {
+      std::atomic_thread_fence(std::memory_order_acquire);  // counting does not order what other threads did before
+      return *found;
+    }
+    if (blocks_.size() == kBlocks) {  // those of another batch size go in time
+      const auto free = [](const at::Storage& block) { return block.use_count() == 1; };
+      const auto first = std::find_if(blocks_.begin(), blocks_.end(), free);
+      blocks_.erase(first == blocks_.end() ? blocks_.begin() : first);
+    }
     blocks_.push_back(at::empty({static_cast<int64_t>(bytes)}, at::kByte).storage());
     return blocks_.back();
   }

@@ -12,9 +12,8 @@ from torch import Tensor
 class Deal:
     """The part of one rank in the shuffle of a batch of B rows a rank over W ranks.
 
-    All ranks draw the same permutation of 0…B-1 and cut it into W shares of ⌊B/W⌋ or one more. Share j of rank s goes
-    to rank s+j (mod W), so each rank gets B rows, of every rank nearly as many, in the order of the ranks they come
-    from.
+    A rank's permutation of 0…B-1 is cut into W shares of ⌊B/W⌋ rows or one more. Share j of rank s goes to rank s+1+j
+    (mod W), so each rank gets B rows, of every rank nearly as many, in the order of the ranks they come from.
 
     Attributes:
         permutation: B, of local rows.
@@ -28,7 +27,7 @@ class Deal:
     @property
     def order(self) -> Tensor:
         """B: this rank's rows in the order of the ranks they go to."""
-        begin = _begins(len(self.permutation), self.world)[-self.rank % self.world]
+        begin = _begins(len(self.permutation), self.world)[(-self.rank - 1) % self.world]
         return torch.cat([self.permutation[begin:], self.permutation[:begin]])
 
     @property
@@ -39,12 +38,12 @@ class Deal:
     @property
     def sent(self) -> list[int]:
         """W: how many rows go to each rank."""
-        return [_share(target - self.rank, len(self.permutation), self.world) for target in range(self.world)]
+        return [share(self.rank, target, len(self.permutation), self.world) for target in range(self.world)]
 
     @property
     def received(self) -> list[int]:
         """W: how many rows come from each rank."""
-        return [_share(self.rank - source, len(self.permutation), self.world) for source in range(self.world)]
+        return [share(source, self.rank, len(self.permutation), self.world) for source in range(self.world)]
 
     @property
     def places(self) -> Tensor:
@@ -53,31 +52,21 @@ class Deal:
         places[self.order] = _slots(len(self.permutation), self.world, self.rank)
         return places
 
-    @property
-    def arriving(self) -> Tensor:
-        """B: the rows that this rank gets, counted through the batches of all ranks."""
-        batch, shares = len(self.permutation), self.permutation.split(_shares(len(self.permutation), self.world))
-        return torch.cat([source * batch + shares[(self.rank - source) % self.world] for source in range(self.world)])
-
 
 def draw(batch: int, world: int, rank: int, generator: torch.Generator) -> Deal:
-    """A deal from a generator that is in the same state on all ranks."""
-    return Deal(torch.randperm(batch, generator=generator), world, rank)
+    """The deal of a rank."""
+    return Deal(torch.randperm(batch, generator=generator, device="cpu"), world, rank)
 
 
-def _share(j: int, batch: int, world: int) -> int:
-    """Rows in share j (mod W)."""
-    return batch // world + (j % world < batch % world)
-
-
-def _shares(batch: int, world: int) -> list[int]:
-    return [_share(j, batch, world) for j in range(world)]
+def share(source: int, target: int, batch: int, world: int) -> int:
+    """How many rows go from one rank to another."""
+    return batch // world + ((target - source - 1) % world < batch % world)
 
 
 @lru_cache(64)
 def _begins(batch: int, world: int) -> list[int]:
-    """W: where each share begins."""
-    return list(accumulate(_shares(batch, world), initial=0))[:-1]
+    """W: where share j begins."""
+    return list(accumulate((share(0, j + 1, batch, world) for j in range(world)), initial=0))[:-1]
 
 
 @lru_cache(64)
@@ -85,7 +74,6 @@ def _slots(batch: int, world: int, rank: int) -> Tensor:
     """B: for each row of `order` its place in the shuffled batches of all ranks."""
     slots = []
     for target in range(world):
-        before = sum(_share(target - source, batch, world) for source in range(rank))
-        first = target * batch + before
-        slots.append(torch.arange(first, first + _share(target - rank, batch, world)))
+        first = target * batch + sum(share(source, target, batch, world) for source in range(rank))
+        slots.append(torch.arange(first, first + share(rank, target, batch, world), device="cpu"))
     return torch.cat(slots)

@@ -25,14 +25,14 @@ def ema_update_(
         targets: tensors to update, float32 or float64; integer and bool ones are copied. Any strides.
         sources: as many tensors of the same shapes, float32, float64, bfloat16 or float16; for an integer target of
             its dtype.
-        momentum: m in 0…1, a float, or a tensor of one element, which is read on its device.
+        momentum: m in 0…1, a float, or a tensor of one element; on a GPU it is read there, and its range not checked.
         shadows: as many tensors that receive the updated values in their own dtype, for example bfloat16 copies for
             the forward pass.
 
     Raises:
         ValueError: lengths, shapes, dtypes or devices do not fit; a target is float16 or bfloat16 (at m = 0.999 the
             change is smaller than its rounding, so it would never move); tensors that are written share memory with
-            others; m lies outside 0…1.
+            others (not checked for what torch.compile traces); m lies outside 0…1.
 
     Example:
         >>> import torch
@@ -41,17 +41,21 @@ def ema_update_(
     """
     targets, sources = list(targets), list(sources)
     copies = [] if shadows is None else list(shadows)
+    momentum = ema_inputs.as_momentum(momentum)
     ema_inputs.check(targets, sources, None if shadows is None else copies, momentum)
-    if targets:
+    if not targets:
+        return
+    if why := library.beyond_the_kernels([*targets, *sources, *copies]):
+        run = backend.only_reference("ema_update_", why)
+    else:
         run = backend.implementation("ema_update_", targets[0].device, targets[0].dtype)
-        run(targets, sources, copies, momentum)
+    run(targets, sources, copies, momentum)
 
 
 def _fused(
     name: str, targets: list[Tensor], sources: list[Tensor], shadows: list[Tensor], momentum: float | Tensor
 ) -> None:
-    tensor = momentum.reshape(()) if isinstance(momentum, Tensor) else None
-    number = 0.0 if isinstance(momentum, Tensor) else momentum
+    tensor, number = (momentum, 0.0) if isinstance(momentum, Tensor) else (None, momentum)
     library.call("ema_update", name, targets, sources, shadows, number, tensor)
 
 

@@ -9,10 +9,12 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 from torch.autograd.graph import increment_version
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass_type
 
 from fastssl import _extension
 from fastssl.errors import FastsslError
 from fastssl.kernels import interpreted, unavailable
+from fastssl.ops import memory
 from fastssl.ops.backend import Implementation
 
 LIBRARY = torch.library.Library("fastssl", "FRAGMENT")
@@ -49,7 +51,7 @@ def define(
         op = f"{name}_{backend}"
         LIBRARY.define(op + schema, tags=(torch.Tag.pt2_compliant_tag,))
         torch.library.register_fake(f"fastssl::{op}", fake, lib=LIBRARY)
-        if "!" in schema:
+        if schema.endswith("-> ()"):
             LIBRARY.impl(op, _in_place(getattr(torch.ops.fastssl, op).default), "ADInplaceOrView", with_keyset=True)
             continue
         formula = _refuse_second_derivative if backward is None else backward(backend)
@@ -111,6 +113,21 @@ def _too_old(device: torch.device) -> str | None:
 def call(name: str, backend: str, *arguments: Any) -> Any:
     """Call ``fastssl::{name}_{backend}``."""
     return getattr(torch.ops.fastssl, f"{name}_{backend}")(*arguments)
+
+
+def beyond_the_kernels(tensors: list[Tensor]) -> str | None:
+    """Why only plain PyTorch computes with these tensors, or None: it knows transforms and wrappers such as DTensor."""
+    if functorch():
+        return "inside a functorch transform"
+    if torch.compiler.is_compiling():
+        return None
+    kinds = {type(x) for x in tensors} - memory.PLAIN
+    return next((f"a tensor is a {kind.__name__}" for kind in kinds if is_traceable_wrapper_subclass_type(kind)), None)
+
+
+def readable(x: Tensor) -> bool:
+    """Whether the host can read the value of `x` now: it is not being traced, batched or fake."""
+    return type(x) in memory.PLAIN and not (x.is_meta or torch.compiler.is_compiling() or functorch())
 
 
 def functorch() -> bool:

@@ -7,7 +7,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastssl.errors import FastsslError
-from fastssl.ops import backend, library, reference
+from fastssl.ops import backend, library, memory, reference
+
+DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
 class KeyQueue(nn.Module):
@@ -57,12 +59,13 @@ class KeyQueue(nn.Module):
             raise FastsslError(f"a queue needs capacity and dim above 0, got {capacity} and {dim}")
         if fill not in ("random", "empty"):
             raise FastsslError(f"fill must be 'random' or 'empty', got {fill!r}")
-        if not dtype.is_floating_point:
-            raise FastsslError(f"a queue's dtype must be floating, got {dtype}")
+        if dtype not in DTYPES:
+            raise FastsslError(f"a queue's dtype must be one of {', '.join(map(str, DTYPES))}, got {dtype}")
         keys = torch.zeros(capacity, dim, device=device, dtype=dtype)
         if fill == "random":
-            drawn = torch.randn(capacity, dim, generator=generator, device=generator.device if generator else device)
-            keys.copy_(F.normalize(drawn, dim=1))
+            place = generator.device if generator else device
+            wide = torch.promote_types(dtype, torch.float32)
+            keys.copy_(F.normalize(torch.randn(capacity, dim, generator=generator, device=place, dtype=wide), dim=1))
         self.register_buffer("keys", keys)
         self.register_buffer("tail", torch.zeros((), dtype=torch.int64, device=device))
         self.register_buffer("filled", torch.tensor(capacity if fill == "random" else 0, device=device))
@@ -90,10 +93,13 @@ class KeyQueue(nn.Module):
             raise FastsslError(
                 f"keys must be N×{self.keys.shape[1]} of a floating dtype, got {tuple(keys.shape)}, {keys.dtype}"
             )
-        if keys.device != self.keys.device:
-            raise FastsslError(f"keys are on {keys.device} and the queue on {self.keys.device}")
-        if not torch.compiler.is_compiling() and _memory(keys) == _memory(self.keys):
+        for name, x in (("keys are", keys), *((f"its {name} is", x) for name, x in self.named_buffers())):
+            if x.device != self.keys.device:
+                raise FastsslError(f"the queue is on {self.keys.device} and {name} on {x.device}")
+        if memory.overlap(keys, self.keys):
             raise FastsslError("keys are rows of the queue itself, which is written to: give a copy, keys.clone()")
+        if not self.keys.is_contiguous():
+            raise FastsslError(f"the queue's rows must be contiguous, they have strides {self.keys.stride()}")
         dtype = torch.promote_types(self.keys.dtype, keys.dtype)  # float64 on either side is left to `reference`
         run = backend.implementation("enqueue_", self.keys.device, dtype)
         run(self.keys, self.tail, self.filled, self.arrived, keys)
@@ -105,8 +111,8 @@ class KeyQueue(nn.Module):
         Raises:
             ValueError: `count` is negative.
         """
-        if count < 0:
-            raise FastsslError(f"count must be 0 or more, got {count}")
+        if not isinstance(count, (int, torch.SymInt)) or count < 0:
+            raise FastsslError(f"count must be a whole number, 0 or more, got {count!r}")
         run = backend.implementation("dequeue_", self.keys.device, self.keys.dtype)
         run(self.tail, self.filled, self.capacity, count)
 
@@ -120,19 +126,26 @@ class KeyQueue(nn.Module):
         return f"capacity={self.capacity}, dim={self.keys.shape[1]}, dtype={self.keys.dtype}"
 
     def _load_from_state_dict(self, state_dict, prefix, *args, **kwargs):  # type: ignore[no-untyped-def]
-        rows = state_dict.get(prefix + "keys")
+        rows, tail, filled = (state_dict.get(prefix + name) for name in ("keys", "tail", "filled"))
         if rows is not None and rows.shape != self.keys.shape:
-            raise FastsslError(
-                f"the saved queue is {tuple(rows.shape)} and this one {tuple(self.keys.shape)}; to go on with another "
-                "capacity, load it into `old`, a queue of the saved shape, and call enqueue_(old.oldest_first()) of a "
-                "new queue with fill='empty'"
-            )
+            remedy = ""
+            if rows.shape[1:] == self.keys.shape[1:]:
+                remedy = (
+                    "; to go on with another capacity, load it into `old`, a queue of the saved shape, and call "
+                    "enqueue_(old.oldest_first()) of a new queue with fill='empty'"
+                )
+            raise FastsslError(f"the saved queue is {tuple(rows.shape)} and this one {tuple(self.keys.shape)}{remedy}")
+        for name, value, most in (("tail", tail, self.capacity - 1), ("filled", filled, self.capacity)):
+            if value is None or value.is_meta:
+                continue
+            if value.shape != () or value.dtype != torch.int64 or not 0 <= int(value) <= most:
+                raise FastsslError(f"the saved {name} must be an int64 in 0…{most} without dimensions, got {value!r}")
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
-
-
-def _memory(x: Tensor) -> int:
-    """The address of the storage."""
-    return x.untyped_storage().data_ptr()
+        # It is not saved: after a detour over the meta device it would be there, or anything.
+        if self.arrived.device == self.keys.device:
+            self.arrived.zero_()
+        else:
+            self.arrived = torch.zeros((), dtype=torch.int32, device=self.keys.device)
 
 
 library.define(

@@ -8,7 +8,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastssl.ops.deal import Deal
+from fastssl.ops.deal import Deal, share
 
 HALF = (torch.float16, torch.bfloat16)
 Valid = tuple[int | Tensor, int | Tensor]
@@ -118,8 +118,13 @@ def dequeue_(tail: Tensor, filled: Tensor, capacity: int, count: int) -> None:
 
 
 def shuffle_batch(x: Tensor, deal: Deal, group: dist.ProcessGroup | None) -> Tensor:
-    """Of the batches of all ranks, gathered whole, the rows that this one is dealt."""
-    return gather(x, group)[deal.arriving.to(x.device)]
+    """Of the batches of all ranks, gathered whole and each in its own order, the rows that this one is dealt."""
+    batches = gather(x[deal.order.to(x.device)], group).view(deal.world, *x.shape)
+    rows = []
+    for source, batch in enumerate(batches):
+        begin = sum(share(source, target, len(x), deal.world) for target in range(deal.rank))
+        rows.append(batch[begin : begin + deal.received[source]])
+    return torch.cat(rows)
 
 
 def unshuffle_batch(keys: Tensor, deal: Deal, group: dist.ProcessGroup | None) -> Tensor:
@@ -132,9 +137,9 @@ def gather(x: Tensor, group: dist.ProcessGroup | None) -> Tensor:
     if world_size(group) == 1:
         return x
     rows = x.new_empty((world_size(group) * x.shape[0], *x.shape[1:]))
-    # torch 2.14 renamed it
+    # torch 2.14 renamed it. Bytes, because gloo does not know all dtypes.
     all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
-    all_gather(rows, x.contiguous(), group=group)
+    all_gather(rows.view(-1).view(torch.uint8), x.contiguous().view(-1).view(torch.uint8), group=group)
     return rows
 
 

@@ -4,6 +4,7 @@ import multiprocessing
 import os
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -36,7 +37,10 @@ def worker(rank: int, folder: str) -> None:
                     with use_backend(name):
                         check_shuffle(rank, world, group)
                 check_backends_agree(group)
+        check_another_order_of_ranks(rank)
         check_overlap()
+        check_waiting()
+        check_kept_rows()
         check_sizes(rank)
         check_ddp(rank)
     finally:
@@ -49,6 +53,7 @@ def moco_worker(rank: int, folder: str) -> None:
             processes.meet(rank, world, f"{folder}/{world}")
             try:
                 check_moco(rank, world)
+                check_queues()
             finally:
                 dist.destroy_process_group()
 
@@ -79,14 +84,16 @@ def check_shuffle(rank: int, world: int, group: Group, device: str = "cpu") -> N
 
 
 def check_backends_agree(group: Group) -> None:
-    """All deal alike, so that ranks with and without the extension could even be mixed."""
+    """Also where each rank has a permutation of its own."""
     x = torch.randn(7, 5)
     results = []
     for name in BACKENDS:
         with use_backend(name):
-            shuffled, handle = shuffle_batch(x, generator=torch.Generator().manual_seed(9), group=group)
+            generator = torch.Generator().manual_seed(dist.get_rank())
+            shuffled, handle = shuffle_batch(x, generator=generator, group=group)
             handle.wait()
             results.append(shuffled)
+            assert torch.equal(unshuffle_batch(shuffled, handle), x)
     assert all(torch.equal(result, results[0]) for result in results)
 
 
@@ -101,9 +108,63 @@ def check_overlap() -> None:
     assert torch.equal(unshuffle_batch(b, second), y)
 
 
+def check_another_order_of_ranks(rank: int) -> None:
+    """A rank's place in a group is not its rank in the world."""
+    for members in ([3, 0, 2], [1, 3]):
+        group = dist.new_group(members)
+        if rank in members:
+            assert isinstance(group, dist.ProcessGroup)
+            for name in BACKENDS:
+                with use_backend(name):
+                    check_shuffle(members.index(rank), len(members), group)
+        else:
+            with pytest.raises(FastsslError, match="not in the group"):
+                shuffle_batch(torch.zeros(2, 1), generator=torch.Generator(), group=group)
+
+
+def check_waiting() -> None:
+    """As often as one likes, on several threads, or not at all: what is dropped lets its memory go."""
+    x = torch.randn(64, 5000)
+    shuffled, handle = shuffle_batch(x, generator=torch.Generator())
+    with ThreadPoolExecutor(3) as pool:
+        for done in [pool.submit(handle.wait) for _ in range(3)]:
+            done.result()
+    handle.wait()
+    assert torch.equal(unshuffle_batch(shuffled, handle), x)
+    places = set()
+    for _ in range(30):
+        dropped, handle = shuffle_batch(x, generator=torch.Generator())
+        places.add(dropped.data_ptr())
+        del dropped, handle
+        dist.barrier()
+    assert len(places) < 8
+
+
+def check_kept_rows() -> None:
+    """What a caller holds stays as it is while later shuffles use memory again."""
+    generator, x = torch.Generator().manual_seed(1), torch.randn(64, 5000)
+    kept = []
+    for step in range(12):
+        shuffled, handle = shuffle_batch(x + step, generator=generator)
+        handle.wait()
+        if step % 3 == 0:
+            kept.append((shuffled, shuffled.clone()))
+    assert all(torch.equal(a, b) for a, b in kept)
+
+
 def check_sizes(rank: int) -> None:
+    """Of all that has to be alike; the group is of use afterwards."""
     with pytest.raises(FastsslError, match=r"batch sizes differ between ranks: \[2, 3, 4, 5\]"):
         shuffle_batch(torch.zeros(2 + rank, 1), generator=torch.Generator())
+    images = torch.zeros(4, 3, 2, 5)
+    for x in (
+        images.contiguous(memory_format=torch.channels_last) if rank else images,
+        images[:, :2] if rank else images,
+        images.double() if rank else images,
+    ):
+        with pytest.raises(FastsslError, match=r"rows differ between ranks .* here they are \("):
+            shuffle_batch(x, generator=torch.Generator())
+    assert len(gather(torch.zeros(1), None)) == WORLD
 
 
 def check_ddp(rank: int) -> None:
@@ -155,9 +216,9 @@ def one_process(world: int) -> tuple[list[float], MoCo, Tensor]:
     optimizer = torch.optim.SGD(f_q.parameters(), LR, momentum=0.9)
     losses = []
     for x_q, x_k in views(world):
-        # Each rank's rows by one permutation in shares, share j of rank s to rank s+j.
+        # Each rank's rows by one permutation in shares, share j of rank s to rank s+1+j.
         shares = torch.randperm(BATCH, generator=generator).tensor_split(world)
-        order = torch.cat([s * BATCH + shares[(t - s) % world] for t in range(world) for s in range(world)])
+        order = torch.cat([s * BATCH + shares[(t - s - 1) % world] for t in range(world) for s in range(world)])
         q = nn.functional.normalize(torch.cat([f_q(x) for x in x_q.chunk(world)]))
         with torch.no_grad():
             shuffled = nn.functional.normalize(torch.cat([f_k(x) for x in x_k[order].chunk(world)]))
@@ -193,6 +254,23 @@ def check_moco(rank: int, world: int) -> None:
         assert (p - q).abs().max() < 1e-9
     assert (method.queue.oldest_first() - queue).abs().max() < 1e-9
     assert K % (world * BATCH)  # the ring wraps in mid-batch
+
+
+def check_queues() -> None:
+    """All ranks hold one queue, also with both directions, split batch norm, micro-batches and autocast."""
+    torch.manual_seed(dist.get_rank())
+    method = MoCo(Tiny(), dim=DIM, queue_size=K, symmetric=True, bn_splits=2)
+    parallel = DistributedDataParallel(method)
+    for _ in range(3):
+        for _ in range(2):
+            with torch.autocast("cpu", torch.bfloat16):
+                loss = parallel(torch.randn(2, BATCH, 3, 6, 6).unbind())
+            loss.backward()
+        method.after_step()
+    assert int(method.queue.tail) == 3 * 2 * 2 * BATCH * dist.get_world_size() % K
+    for name in ("keys", "tail", "filled"):
+        everyone = gather(method.queue.get_buffer(name)[None], None)
+        assert (everyone == everyone[:1]).all(), name
 
 
 @pytest.mark.slow  # four processes

@@ -1,18 +1,22 @@
 """ema_update_ against float64, tensor by tensor: ragged lists, dtypes, layouts, and what is refused."""
 
+import math
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from hypothesis import example, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.testing._internal.two_tensor import TwoTensor
 
 from fastssl import _extension
 from fastssl.errors import FastsslError
 from fastssl.ops import ema_update_, use_backend
+from fastssl.ops.backend import requested
 
 BACKENDS = ("native", "reference", *(["cuda"] if torch.cuda.is_available() else []))
 FLOATS = (torch.float32, torch.float64)
@@ -67,11 +71,13 @@ Entry = st.tuples(
 MOMENTA = st.one_of(st.sampled_from([0.0, 1.0, 0.5, 0.999, 0.99999]), st.floats(0, 1))
 
 
-def ragged(entries: list[Any], seed: int, shadowed: bool) -> tuple[list[Tensor], list[Tensor], list[Tensor] | None]:
+def ragged(
+    entries: list[Any], seed: int, shadowed: bool, device: str
+) -> tuple[list[Tensor], list[Tensor], list[Tensor] | None]:
     draw = np.random.default_rng(seed)
 
     def place(x: Tensor, offset: int) -> Tensor:
-        return torch.empty(x.numel() + offset, dtype=x.dtype)[offset:].view(x.shape).copy_(x)
+        return torch.empty(x.numel() + offset, dtype=x.dtype, device=device)[offset:].view(x.shape).copy_(x)
 
     targets, sources, shadows = [], [], []
     for shape, dtype, source_dtype, shadow_dtype, offset in entries:
@@ -83,24 +89,29 @@ def ragged(entries: list[Any], seed: int, shadowed: bool) -> tuple[list[Tensor],
     return targets, sources, shadows if shadowed else None
 
 
-@settings(deadline=None, max_examples=300)
+# One device serves all examples.
+SHARED = [HealthCheck.function_scoped_fixture]
+
+
+@settings(deadline=None, max_examples=300, suppress_health_check=SHARED)
 @given(entries=st.lists(Entry, max_size=12), momentum=MOMENTA, seed=st.integers(0, 2**32), shadowed=st.booleans())
 @example(entries=[], momentum=0.9, seed=0, shadowed=False)
-def test_ragged_lists(entries: list[Any], momentum: float, seed: int, shadowed: bool) -> None:
-    targets, sources, shadows = ragged(entries, seed, shadowed)
+def test_ragged_lists(entries: list[Any], momentum: float, seed: int, shadowed: bool, device: str) -> None:
+    targets, sources, shadows = ragged(entries, seed, shadowed, device)
     check(targets, sources, momentum, shadows)
 
 
-@settings(deadline=None, max_examples=12)
+@settings(deadline=None, max_examples=12, suppress_health_check=SHARED)
 @given(count=st.integers(100, 400), seed=st.integers(0, 2**32), shadowed=st.booleans())
-def test_hundreds_of_tensors(count: int, seed: int, shadowed: bool) -> None:
+def test_hundreds_of_tensors(count: int, seed: int, shadowed: bool, device: str) -> None:
     draw = np.random.default_rng(seed)
     kinds = [*FLOATS, torch.int64]
     entries = [
         ((int(draw.integers(0, 400)),), kinds[draw.integers(3)], SOURCES[draw.integers(4)], HALF[draw.integers(2)], 0)
         for _ in range(count)
     ]
-    check(*ragged(entries, seed, shadowed)[:2], 0.99)
+    targets, sources, shadows = ragged(entries, seed, shadowed, device)
+    check(targets, sources, 0.99, shadows)
 
 
 @pytest.mark.parametrize("size", [65535, 65536, 65537, 5_000_000])
@@ -122,15 +133,13 @@ def test_dtypes(target: torch.dtype, source: torch.dtype, shadow: torch.dtype | 
 
 
 def test_every_half_is_read_right(device: str) -> None:
-    """All 65,536 of each kind, subnormals among them; what is not finite stays so."""
+    """All 65,536 of each kind: NaN, infinities, subnormals."""
     bits = torch.arange(-(2**15), 2**15, dtype=torch.int16, device=device)
     for dtype in HALF:
         source = bits.view(dtype)
         target = torch.zeros(len(bits), device=device)
         ema_update_([target], [source], 0.0)
-        finite = source.isfinite()
-        assert torch.equal(target[finite], source[finite].float())
-        assert not target[~finite].isfinite().any()
+        torch.testing.assert_close(target, source.float(), rtol=0, atol=0, equal_nan=True)
 
 
 def test_shadows_are_rounded_as_torch_does(device: str) -> None:
@@ -153,6 +162,16 @@ def test_momentum_0_copies_and_1_keeps(dtype: torch.dtype, device: str) -> None:
     assert torch.equal(target, before)
     ema_update_([target], [source], 0.0)
     assert torch.equal(target, source.float())
+
+
+def test_what_has_no_weight_has_no_say(device: str) -> None:
+    """Also NaN, of memory that was never written, and infinity."""
+    odd = torch.tensor([math.nan, math.inf, -math.inf], device=device)
+    if requested() == "reference":
+        pytest.skip("the formula as it stands")
+    for target, source, momentum in ((odd.clone(), torch.ones_like(odd), 0.0), (torch.ones_like(odd), odd, 1.0)):
+        ema_update_([target], [source], momentum)
+        assert (target == 1).all()
 
 
 def test_equal_tensors_do_not_drift() -> None:
@@ -240,12 +259,33 @@ def test_a_captured_graph_follows_the_momentum_on_the_device() -> None:
 
 
 def test_a_tensor_saved_for_backward_is_known_to_have_changed(device: str) -> None:
-    x = torch.ones(3, requires_grad=True, device=device)
-    target = torch.ones(3, device=device)
-    y = (x * target).sum()
-    ema_update_([target], [torch.zeros(3, device=device)], 0.5)
-    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
-        y.backward()
+    target, shadow = torch.ones(2, 3, device=device).unbind()
+    for written in (target, shadow):
+        x = torch.ones(3, requires_grad=True, device=device)
+        y = (x * written).sum()
+        ema_update_([target], [torch.zeros(3, device=device)], 0.5, shadows=[shadow])
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            y.backward()
+
+
+def test_tensors_without_memory() -> None:
+    meta = [torch.zeros(3, device="meta") for _ in range(4)]
+    ema_update_(meta[:2], meta[2:], 0.5)
+    with FakeTensorMode():
+        fake = [torch.zeros(3) for _ in range(4)]
+        ema_update_(fake[:2], fake[2:], 0.5)
+
+
+def test_wrappers_and_transforms_are_left_to_the_reference() -> None:
+    def updated(target: Tensor) -> Tensor:
+        target = target.clone()
+        ema_update_([target], [torch.zeros(3)], 0.5)
+        return target
+
+    assert torch.equal(torch.vmap(updated)(torch.ones(4, 3)), torch.full((4, 3), 0.5))
+    two = TwoTensor(torch.ones(3), torch.ones(3) * 2)
+    ema_update_([two], [TwoTensor(torch.zeros(3), torch.zeros(3))], 0.5)
+    assert (two.a.tolist(), two.b.tolist()) == ([0.5] * 3, [1.0] * 3)
 
 
 def zeros(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -265,7 +305,10 @@ tied = torch.zeros(5)
         ([zeros(2), torch.zeros(2, device="meta")], [zeros(2), torch.zeros(2, device="meta")], 0.9, "target 1 on meta"),
         ([zeros(2, dtype=torch.float16)], [zeros(2)], 0.9, "target 0 is torch.float16"),
         ([zeros(2, dtype=torch.bfloat16)], [zeros(2)], 0.9, "target 0 is torch.bfloat16"),
-        ([zeros(2, dtype=torch.complex64)], [zeros(2)], 0.9, "target 0 is torch.complex64"),
+        ([zeros(2, dtype=torch.complex64)], [zeros(2, dtype=torch.complex64)], 0.9, "target 0 is torch.complex64"),
+        ([zeros(2, dtype=torch.float8_e5m2)], [zeros(2)], 0.9, "target 0 is torch.float8_e5m2"),
+        ([zeros(2)], [zeros(2)], torch.tensor(1.5), r"1\.5"),
+        ([zeros(2)], [zeros(2)], torch.tensor(0.5, device="meta"), "targets are on cpu and momentum on meta"),
         ([zeros(2)], [zeros(2, dtype=torch.int64)], 0.9, "source 0 is torch.int64"),
         ([zeros(2, dtype=torch.int64)], [zeros(2, dtype=torch.int32)], 0.9, "source 0 torch.int32"),
         ([zeros(2)], [zeros(2)], 1.5, r"1\.5"),
@@ -292,11 +335,17 @@ def test_what_is_refused_is_named(
     assert all(torch.equal(a, b) for a, b in zip(before, [t for t in targets if not t.is_meta], strict=True))
 
 
+def test_sparse_tensors_are_refused() -> None:
+    with pytest.raises(FastsslError, match=r"source 0 is torch\.sparse_coo"):
+        ema_update_([zeros(2, 2)], [zeros(2, 2).to_sparse()], 0.9)
+
+
 @pytest.mark.parametrize(
     ("shadows", "named"),
     [
         ([], "2 targets and 0 shadows"),
         ([zeros(2, dtype=torch.bfloat16), zeros(3)], "tensor 1"),
+        ([zeros(2), torch.zeros(2, device="meta")], "tensor 1: target is .* on cpu, shadows .* on meta"),
         ([zeros(2, dtype=torch.int32), zeros(2)], "its shadow torch.int32"),
         ([tied[:2], tied[1:3]], "shadow 0 and shadow 1 share memory"),
     ],
@@ -312,3 +361,19 @@ def test_what_only_looks_like_overlap_is_taken(device: str) -> None:
     check(list(columns[:, ::2].unbind(1)), [columns[:, i] for i in (1, 3, 5)], 0.5)
     source = torch.ones(3, device=device)
     check([torch.zeros(3, device=device) for _ in range(2)], [source, source], 0.9)
+
+
+@pytest.mark.parametrize("momentum", [[0.5], [[0.5]]])
+def test_one_element_of_any_shape(momentum: Any, device: str) -> None:
+    check([torch.tensor(1.0, device=device)], [torch.tensor(0.0, device=device)], torch.tensor(momentum, device=device))
+
+
+def test_a_momentum_that_is_a_target_itself(device: str) -> None:
+    """On the CPU it is read beforehand, on a GPU the order would be anybody's."""
+    m, x = torch.tensor(0.5, device=device, dtype=torch.float64), torch.ones(1, device=device)
+    if device == "cuda":
+        with pytest.raises(FastsslError, match="momentum 0"):
+            ema_update_([m, x], [torch.zeros_like(m), torch.zeros_like(x)], m)
+    else:
+        ema_update_([m, x], [torch.zeros_like(m), torch.zeros_like(x)], m)
+        assert (float(m), float(x)) == (0.25, 0.5)

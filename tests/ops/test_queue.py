@@ -179,11 +179,12 @@ def test_nothing_is_allocated() -> None:
 
 def test_a_queue_saved_for_backward_is_known_to_have_changed(backend: str) -> None:
     queue = KeyQueue(4, 3)
-    x = torch.ones(3, requires_grad=True)
-    y = (queue.keys @ x).sum()
-    queue.enqueue_(torch.randn(2, 3))
-    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
-        y.backward()
+    for buffer in (queue.keys, queue.tail, queue.filled):
+        x = torch.ones(3, requires_grad=True)
+        y = (buffer * x).sum()
+        queue.enqueue_(torch.randn(2, 3))
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            y.backward()
 
 
 def test_no_graph_is_kept(backend: str) -> None:
@@ -206,6 +207,47 @@ def test_round_trip(backend: str) -> None:
     assert torch.equal(queue.keys, same.keys)
 
 
+@pytest.mark.parametrize("way", ["assign", "to_empty"])
+def test_a_detour_over_the_meta_device(way: str, backend: str) -> None:
+    """Large models are made there, and get memory or values later."""
+    saved = KeyQueue(4, 2, fill="empty").state_dict()
+    with torch.device("meta"):
+        queue = KeyQueue(4, 2, fill="empty")
+    if way == "to_empty":
+        queue = queue.to_empty(device=torch.get_default_device())
+        queue.arrived.fill_(12345)  # what memory holds
+    queue.load_state_dict(saved, assign=way == "assign")
+    keys = torch.randn(3, 2)
+    queue.enqueue_(keys)
+    assert (int(queue.tail), int(queue.filled)) == (0, 3)
+    assert torch.allclose(queue.keys[:3], F.normalize(keys), atol=1e-6)
+
+
+def test_buffers_on_several_devices_are_refused() -> None:
+    queue = KeyQueue(4, 2)
+    queue.arrived = queue.arrived.to("meta")
+    with pytest.raises(FastsslError, match="its arrived is on meta"):
+        queue.enqueue_(torch.randn(3, 2))
+
+
+@pytest.mark.parametrize(("name", "value"), [("tail", -1), ("tail", 5), ("filled", 6), ("filled", -2), ("tail", 2.7)])
+def test_a_state_out_of_range_is_refused(name: str, value: float) -> None:
+    queue = KeyQueue(5, 2)
+    with pytest.raises(FastsslError, match=f"the saved {name} must be an int64 in 0…"):
+        queue.load_state_dict({**queue.state_dict(), name: torch.tensor(value)})
+
+
+@pytest.mark.parametrize("tail", [-7, 5, 12, -(2**40)])
+def test_any_tail_is_taken_modulo_the_capacity(tail: int, backend: str) -> None:
+    """So that a wrong one, written by hand, cannot lead out of the buffer."""
+    queue, keys = KeyQueue(5, 2, fill="empty"), torch.randn(3, 2)
+    queue.tail.fill_(tail)
+    queue.enqueue_(keys)
+    queue.dequeue_(1)
+    assert int(queue.tail) == (tail + 1) % 5
+    assert torch.allclose(queue.oldest_first(), F.normalize(keys[1:]), atol=1e-6)
+
+
 @pytest.mark.parametrize("capacity", [3, 6])
 def test_another_capacity_says_how_to_convert(capacity: int) -> None:
     queue = KeyQueue(5, 2)
@@ -226,7 +268,7 @@ def test_another_capacity_says_how_to_convert(capacity: int) -> None:
         (torch.zeros(3), r"\(3,\)"),
         (torch.zeros(3, 5), r"N×4 .* \(3, 5\)"),
         (torch.zeros(3, 4, dtype=torch.int64), "torch.int64"),
-        (torch.zeros(3, 4, device="meta"), "on meta and the queue on cpu"),
+        (torch.zeros(3, 4, device="meta"), "queue is on cpu and keys are on meta"),
     ],
 )
 def test_wrong_keys_are_named(keys: Tensor, named: str) -> None:
@@ -247,6 +289,7 @@ def test_rows_of_the_queue_itself_are_refused() -> None:
         ({"dim": -1}, "got 8 and -1"),
         ({"fill": "zeros"}, "'zeros'"),
         ({"dtype": torch.int8}, "torch.int8"),
+        ({"dtype": torch.float8_e5m2}, "torch.float8_e5m2"),
     ],
 )
 def test_wrong_options_are_named(options: dict[str, object], named: str) -> None:
@@ -254,6 +297,12 @@ def test_wrong_options_are_named(options: dict[str, object], named: str) -> None
         KeyQueue(**{"capacity": 8, "dim": 4, **options})  # type: ignore[arg-type]
 
 
-def test_a_negative_count_is_refused() -> None:
-    with pytest.raises(FastsslError, match="-1"):
-        KeyQueue(8, 4).dequeue_(-1)
+@pytest.mark.parametrize("count", [-1, 2.5, None])
+def test_a_count_must_be_whole(count: int) -> None:
+    with pytest.raises(FastsslError, match=f"got {count}"):
+        KeyQueue(8, 4).dequeue_(count)
+
+
+def test_another_dim_is_refused() -> None:
+    with pytest.raises(FastsslError, match=r"\(5, 3\) and this one \(5, 2\)$"):
+        KeyQueue(5, 2).load_state_dict(KeyQueue(5, 3).state_dict())

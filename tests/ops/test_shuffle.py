@@ -23,34 +23,53 @@ def device(request: pytest.FixtureRequest) -> Iterator[str]:
         yield "cuda" if request.param == "cuda" else "cpu"
 
 
+def deals_of(batch: int, world: int, seed: int) -> list[deal.Deal]:
+    """Of all ranks, each with a permutation of its own."""
+    return [deal.draw(batch, world, rank, torch.Generator().manual_seed(seed + rank)) for rank in range(world)]
+
+
+def arriving(deals: list[deal.Deal]) -> list[Tensor]:
+    """The rows that each rank gets, counted through the batches of all ranks, if they are sent as the deals say."""
+    packets = [d.order.split(d.sent) for d in deals]  # by source, then target
+    batch, ranks = len(deals[0].permutation), range(len(deals))
+    return [torch.cat([source * batch + packets[source][target] for source in ranks]) for target in ranks]
+
+
 @settings(deadline=None)
 @given(batch=st.integers(0, 40), world=st.integers(1, 9), seed=st.integers(0, 2**32))
 def test_a_deal_is_a_balanced_permutation(batch: int, world: int, seed: int) -> None:
     """Every rank gets as many rows as it gives, of every rank an equal share or one more; nothing is lost."""
-    deals = [deal.draw(batch, world, rank, torch.Generator().manual_seed(seed)) for rank in range(world)]
-    everything = torch.cat([d.arriving for d in deals])
+    deals = deals_of(batch, world, seed)
+    everything = torch.cat(arriving(deals))
     assert everything.sort().values.tolist() == list(range(world * batch))
-    for rank, d in enumerate(deals):
-        shares = (d.arriving // max(batch, 1)).bincount(minlength=world).tolist()
+    for rank, (d, rows) in enumerate(zip(deals, arriving(deals), strict=True)):
+        shares = (rows // max(batch, 1)).bincount(minlength=world).tolist()
         assert shares == d.received
         assert sum(d.received) == sum(d.sent) == batch
         assert max(shares) - min(shares) <= 1
         assert d.sent == [other.received[rank] for other in deals]
+        assert d.sent[rank] == min(d.sent)  # of uneven shares, the larger ones go to others
 
 
 @settings(deadline=None)
 @given(batch=st.integers(0, 40), world=st.integers(1, 9), seed=st.integers(0, 2**32))
 def test_what_a_deal_says_agrees(batch: int, world: int, seed: int) -> None:
-    """Sending `order` in pieces of `sent` puts every row where `arriving` and `places` say."""
-    deals = [deal.draw(batch, world, rank, torch.Generator().manual_seed(seed)) for rank in range(world)]
-    packets = [d.order.split(d.sent) for d in deals]  # by source, then target
+    """Sending `order` in pieces of `sent` puts every row where `places` says."""
+    deals = deals_of(batch, world, seed)
+    everything = torch.cat(arriving(deals))
     for rank, d in enumerate(deals):
-        rows = [source * batch + packets[source][rank] for source in range(world)]
-        assert torch.equal(torch.cat(rows), d.arriving)
         assert torch.equal(d.order[d.inverse], torch.arange(batch))
-    everything = torch.cat([d.arriving for d in deals])
-    for rank, d in enumerate(deals):
         assert torch.equal(everything[d.places], rank * batch + torch.arange(batch))
+
+
+def test_another_default_device_changes_nothing() -> None:
+    generator = torch.Generator().manual_seed(0)
+    with torch.device("meta"):
+        drawn = deal.draw(12, 5, 3, generator)
+        places = drawn.places
+    again = deal.draw(12, 5, 3, torch.Generator().manual_seed(0))
+    assert torch.equal(places, again.places)
+    assert torch.equal(drawn.order, again.order)
 
 
 def test_permutations_are_uniform() -> None:

@@ -15,15 +15,24 @@ constexpr int64_t kRows = 64;  // rows of a work item
 
 int64_t& integer(const at::Tensor& x) { return *x.mutable_data_ptr<int64_t>(); }
 
+// Modulo `size`, also of a negative number.
+int64_t wrapped(int64_t at, int64_t size) { return (at % size + size) % size; }
+
 }  // namespace
 
 void enqueue_cpu(const at::Tensor& queue, const at::Tensor& tail, const at::Tensor& filled, const at::Tensor&,
                  const at::Tensor& keys) {
   TORCH_CHECK_VALUE(queue.dim() == 2 && queue.is_contiguous() && keys.dim() == 2 && keys.size(1) == queue.size(1),
                     "queue must be a contiguous K×D and keys N×D, got ", queue.sizes(), " and ", keys.sizes());
+  TORCH_CHECK_VALUE(queue.size(0) > 0, "queue has no rows");
+  for (const at::Tensor& x : {queue, keys}) {
+    const Type type = tensors::type_of(x);
+    TORCH_CHECK_VALUE(type != Type::kBytes && type != Type::kDouble, "queue and keys cannot be ", x.scalar_type());
+  }
   const int64_t capacity = queue.size(0), dim = queue.size(1), count = keys.size(0);
   const int64_t kept = std::min(count, capacity);  // of more keys than rows, the newest stay
-  const int64_t first = integer(tail) + integer(filled) + (count - kept);
+  const int64_t oldest = wrapped(integer(tail), capacity), held = std::clamp<int64_t>(integer(filled), 0, capacity);
+  const int64_t first = oldest + held + (count - kept);
   const at::Tensor rows = dim > 1 && keys.stride(1) != 1 ? keys.contiguous() : keys;
   const char* const from = static_cast<const char*>(rows.const_data_ptr());
   char* const to = static_cast<char*>(queue.mutable_data_ptr());
@@ -35,14 +44,15 @@ void enqueue_cpu(const at::Tensor& queue, const at::Tensor& tail, const at::Tens
                           from_type, dim);
     }
   });
-  const int64_t overflow = std::max<int64_t>(integer(filled) + count - capacity, 0);
-  integer(tail) = (integer(tail) + overflow) % capacity;
-  integer(filled) += count - overflow;
+  const int64_t overflow = std::max<int64_t>(held + count - capacity, 0);
+  integer(tail) = (oldest + overflow) % capacity;
+  integer(filled) = held + count - overflow;
 }
 
 void dequeue_cpu(const at::Tensor& tail, const at::Tensor& filled, int64_t capacity, int64_t count) {
-  const int64_t dropped = std::min(integer(filled), count);
-  integer(tail) = (integer(tail) + dropped) % capacity;
+  TORCH_CHECK_VALUE(capacity > 0, "capacity is ", capacity);
+  const int64_t dropped = std::clamp<int64_t>(integer(filled), 0, count);
+  integer(tail) = wrapped(wrapped(integer(tail), capacity) + dropped, capacity);
   integer(filled) -= dropped;
 }
 

@@ -17,10 +17,11 @@ void ema_update_cuda(at::TensorList targets, at::TensorList sources, at::TensorL
   if (targets.empty()) return;
   const c10::cuda::CUDAGuard on_device(targets[0].device());
   const tensors::Segments segments(targets, sources, shadows);
-  at::Tensor on_gpu;  // stays alive until the launch is in the stream
-  if (momentum_tensor) on_gpu = momentum_tensor->to(targets[0].device(), at::kDouble);
+  const bool is_on_gpu = momentum_tensor && momentum_tensor->is_cuda();
+  if (momentum_tensor && !is_on_gpu) momentum = momentum_tensor->item<double>();
+  const at::Tensor on_gpu = is_on_gpu ? momentum_tensor->to(targets[0].device(), at::kDouble) : at::Tensor();
   C10_CUDA_CHECK(ema_update_launch(segments.list().data(), segments.list().size(), momentum,
-                                   momentum_tensor ? on_gpu.const_data_ptr<double>() : nullptr,
+                                   is_on_gpu ? on_gpu.const_data_ptr<double>() : nullptr,
                                    c10::cuda::getCurrentCUDAStream()));
   segments.write_back();
 }

@@ -68,13 +68,15 @@ __device__ __forceinline__ float value_of(__nv_bfloat16 x) { return __bfloat162f
 __device__ __forceinline__ std::uint16_t half_bits(float x) { return __half_as_ushort(__float2half_rn(x)); }
 __device__ __forceinline__ std::uint16_t bfloat16_bits(float x) { return __bfloat16_as_ushort(__float2bfloat16_rn(x)); }
 
-// t + w·(s−t), or s + m·(t−s) where m is the smaller: the ends are exact, and so is t = s.
+// t + w·(s−t), or s + m·(t−s) where m is the smaller: the ends are exact, whatever the other side is, and so is t = s.
 template <typename T>
 class Mix {
  public:
   __device__ __forceinline__ explicit Mix(double m)
       : from_target_(static_cast<T>(1 - m) < T(0.5)), weight_(static_cast<T>(from_target_ ? 1 - m : -m)) {}
-  __device__ __forceinline__ T operator()(T t, T s) const { return std::fma(weight_, s - t, from_target_ ? t : s); }
+  __device__ __forceinline__ T operator()(T t, T s) const {
+    return std::fma(weight_, weight_ == T(0) ? T(0) : s - t, from_target_ ? t : s);
+  }
 
  private:
   bool from_target_;

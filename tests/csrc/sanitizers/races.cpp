@@ -7,12 +7,14 @@
 #include <cstdio>
 #include <exception>
 #include <optional>
+#include <thread>
 #include <vector>
 
 #include "ops/ema_update.h"
 #include "ops/info_nce.h"
 #include "ops/key_queue.h"
 #include "ops/normalized_mse.h"
+#include "tensors/host_buffers.h"
 
 namespace {
 
@@ -76,6 +78,21 @@ void key_queue_of(const Shape& shape, at::ScalarType dtype) {
   }
 }
 
+// Blocks of memory handed from thread to thread.
+void host_buffers() {
+  std::vector<std::thread> threads;
+  for (int thread = 0; thread < 4; ++thread) {
+    threads.emplace_back([thread] {
+      for (int round = 0; round < 50; ++round) {
+        const Tensor x = fastssl::tensors::empty_reused({1 << 18}, at::TensorOptions(at::kFloat));
+        x.fill_(thread);
+        TORCH_CHECK(x.min().item<float>() == static_cast<float>(thread), "two threads have one block");
+      }
+    });
+  }
+  for (std::thread& thread : threads) thread.join();
+}
+
 // A new op adds a function like these and a line here.
 void all_ops(const Shape& shape, at::ScalarType dtype) {
   info_nce_of(shape, dtype);
@@ -91,6 +108,7 @@ int main() try {
   for (const auto dtype : {at::kFloat, at::kBFloat16, at::kHalf}) {
     for (const Shape& shape : kShapes) all_ops(shape, dtype);
   }
+  host_buffers();
   std::puts("done");
   return 0;
 } catch (const std::exception& error) {
