@@ -89,20 +89,22 @@ class KeyQueue(nn.Module):
         Raises:
             ValueError: `keys` is not N×D of a floating dtype, on another device, or a part of the queue.
         """
-        if keys.dim() != 2 or keys.shape[1] != self.keys.shape[1] or not keys.is_floating_point():
+        queue, tail, filled, arrived = self.keys, self.tail, self.filled, self.arrived  # a module finds them slowly
+        device = queue.device
+        if keys.dim() != 2 or keys.shape[1] != queue.shape[1] or not keys.is_floating_point():
             raise FastsslError(
-                f"keys must be N×{self.keys.shape[1]} of a floating dtype, got {tuple(keys.shape)}, {keys.dtype}"
+                f"keys must be N×{queue.shape[1]} of a floating dtype, got {tuple(keys.shape)}, {keys.dtype}"
             )
-        for name, x in (("keys are", keys), *((f"its {name} is", x) for name, x in self.named_buffers())):
-            if x.device != self.keys.device:
-                raise FastsslError(f"the queue is on {self.keys.device} and {name} on {x.device}")
-        if memory.overlap(keys, self.keys):
+        if not device == keys.device == tail.device == filled.device == arrived.device:
+            places = {"keys": keys.device} | {f"its {name}": x.device for name, x in self.named_buffers()}
+            raise FastsslError(f"the queue is on {device}; {', '.join(f'{name} on {d}' for name, d in places.items())}")
+        if memory.overlap(keys, queue):
             raise FastsslError("keys are rows of the queue itself, which is written to: give a copy, keys.clone()")
-        if not self.keys.is_contiguous():
-            raise FastsslError(f"the queue's rows must be contiguous, they have strides {self.keys.stride()}")
-        dtype = torch.promote_types(self.keys.dtype, keys.dtype)  # float64 on either side is left to `reference`
-        run = backend.implementation("enqueue_", self.keys.device, dtype)
-        run(self.keys, self.tail, self.filled, self.arrived, keys)
+        if not queue.is_contiguous():
+            raise FastsslError(f"the queue's rows must be contiguous, they have strides {queue.stride()}")
+        dtype = torch.promote_types(queue.dtype, keys.dtype)  # float64 on either side is left to `reference`
+        run = backend.implementation("enqueue_", queue.device, dtype)
+        run(queue, tail, filled, arrived, keys)
 
     @torch.no_grad()
     def dequeue_(self, count: int) -> None:

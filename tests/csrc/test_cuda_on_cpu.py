@@ -239,17 +239,21 @@ def test_every_half_value_comes_through(program: Path) -> None:
         for target in (torch.float32, torch.float64)
         for dtype in (torch.float16, torch.bfloat16)
     ]
-    for momentum in (0, 0.999):  # of 0 and infinity, the formula makes NaN
-        for segment, (target, shadow) in zip(segments, update(program, segments, momentum).results, strict=True):
-            values = segment.source.to(target.dtype)
-            assert torch.equal(target.isnan(), values.isnan() if momentum else ~values.isfinite())
-            if momentum:
-                assert torch.equal(target[values.isinf()], values[values.isinf()])
-            else:
-                finite = values.isfinite()
-                assert shadow is not None
-                assert torch.equal(target[finite], values[finite])
-                assert torch.equal(shadow[finite], segment.source[finite])
+    for segment, (target, shadow) in zip(segments, update(program, segments, 0).results, strict=True):
+        assert shadow is not None
+        torch.testing.assert_close(target, segment.source.to(target.dtype), rtol=0, atol=0, equal_nan=True)
+        torch.testing.assert_close(shadow, segment.source, rtol=0, atol=0, equal_nan=True)
+    for segment, (target, _) in zip(segments, update(program, segments, 0.999).results, strict=True):
+        values = segment.source.to(target.dtype)
+        assert torch.equal(target.isnan(), values.isnan())
+        assert torch.equal(target[values.isinf()], values[values.isinf()])
+
+
+def test_what_has_no_weight_has_no_say(program: Path) -> None:
+    odd, ones = torch.tensor([torch.nan, torch.inf, -torch.inf]), torch.ones(3)
+    for momentum, segment in ((0, Segment(odd, ones)), (1, Segment(ones, odd))):
+        ((target, _),) = update(program, [segment], momentum).results
+        assert torch.equal(target, ones)
 
 
 def test_shadows_are_rounded_to_nearest_even(program: Path, generator: torch.Generator) -> None:

@@ -226,7 +226,7 @@ def test_a_detour_over_the_meta_device(way: str, backend: str) -> None:
 def test_buffers_on_several_devices_are_refused() -> None:
     queue = KeyQueue(4, 2)
     queue.arrived = queue.arrived.to("meta")
-    with pytest.raises(FastsslError, match="its arrived is on meta"):
+    with pytest.raises(FastsslError, match="its arrived on meta"):
         queue.enqueue_(torch.randn(3, 2))
 
 
@@ -268,7 +268,7 @@ def test_another_capacity_says_how_to_convert(capacity: int) -> None:
         (torch.zeros(3), r"\(3,\)"),
         (torch.zeros(3, 5), r"N×4 .* \(3, 5\)"),
         (torch.zeros(3, 4, dtype=torch.int64), "torch.int64"),
-        (torch.zeros(3, 4, device="meta"), "queue is on cpu and keys are on meta"),
+        (torch.zeros(3, 4, device="meta"), "the queue is on cpu; keys on meta"),
     ],
 )
 def test_wrong_keys_are_named(keys: Tensor, named: str) -> None:

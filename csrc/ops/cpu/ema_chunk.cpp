@@ -12,26 +12,29 @@ namespace {
 using ops::Segment;
 using ops::Type;
 
+template <typename T, typename S, typename Shadow, typename Mix>
+[[gnu::always_inline]] inline void each(T* __restrict__ target, const S* __restrict__ source,
+                                        Shadow* __restrict__ shadow, int64_t count, const Mix& mix) {
+#pragma omp simd
+  for (int64_t i = 0; i < count; ++i) {
+    const T updated = mix(target[i], static_cast<T>(to_float(source[i])));
+    target[i] = updated;
+    if constexpr (sizeof(Shadow) == 2) shadow[i] = from_float<Shadow>(static_cast<float>(updated));
+  }
+}
+
 // w = 1−m. Like torch.lerp, from the nearer end, so that equal values stay equal; m = 1 changes nothing and m = 0
 // copies whatever the other side is, NaN and infinity too.
 template <typename T, typename S, typename Shadow>
-[[gnu::always_inline]] inline void lerp(T* __restrict__ target, const S* __restrict__ source,
-                                        Shadow* __restrict__ shadow, int64_t count, T m, T w) {
-  if (w < T{0.5}) {
-#pragma omp simd
-    for (int64_t i = 0; i < count; ++i) {
-      const T t = target[i], difference = static_cast<T>(to_float(source[i])) - t;
-      const T updated = w * (w == T{0} ? T{0} : difference) + t;
-      target[i] = updated;
-      if constexpr (sizeof(Shadow) == 2) shadow[i] = from_float<Shadow>(static_cast<float>(updated));
-    }
+[[gnu::always_inline]] inline void lerp(T* target, const S* source, Shadow* shadow, int64_t count, T m, T w) {
+  if (w == T{0}) {
+    each(target, source, shadow, count, [](T t, T) { return t; });
+  } else if (m == T{0}) {
+    each(target, source, shadow, count, [](T, T s) { return s; });
+  } else if (w < T{0.5}) {
+    each(target, source, shadow, count, [w](T t, T s) { return w * (s - t) + t; });
   } else {
-#pragma omp simd
-    for (int64_t i = 0; i < count; ++i) {
-      const T s = static_cast<T>(to_float(source[i])), updated = m * (m == T{0} ? T{0} : target[i] - s) + s;
-      target[i] = updated;
-      if constexpr (sizeof(Shadow) == 2) shadow[i] = from_float<Shadow>(static_cast<float>(updated));
-    }
+    each(target, source, shadow, count, [m](T t, T s) { return m * (t - s) + s; });
   }
 }
 
