@@ -22,7 +22,8 @@ def ema_update_(
     it. The memory addresses are read at every call.
 
     Args:
-        targets: tensors to update, float32 or float64; integer and bool ones are copied. Any strides.
+        targets: tensors to update, float32 or float64; integer and bool ones are copied, whatever m is. Any strides.
+            Batch-norm statistics are buffers, not parameters: pass ``module.state_dict().values()`` to include them.
         sources: as many tensors of the same shapes, float32, float64, bfloat16 or float16; for an integer target of
             its dtype.
         momentum: m in 0…1, a float, or a tensor of one element; on a GPU it is read there, and its range not checked.

@@ -17,7 +17,12 @@ class KeyQueue(nn.Module):
 
     The row `tail` is the oldest, the next write goes to row (tail + filled) mod capacity. All state lies in buffers on
     the device and nothing is read back to the host, so a step can be captured in a CUDA graph. What `enqueue_` costs
-    does not depend on the capacity: one kernel normalises, casts, writes in place and moves tail and filled.
+    does not depend on the capacity: one kernel normalises, casts, writes in place and moves tail and filled. Keys are
+    taken as they are, NaN too.
+
+    Under DistributedDataParallel, keep rank 0's buffers from being copied over the others' at every forward
+    (``broadcast_buffers=False``; `fastssl.methods.MoCo` does so by itself), and enqueue the keys of all ranks on each:
+    `unshuffle_and_gather` gives them.
 
     Args:
         capacity: K, rows; no multiple of the batch is needed.

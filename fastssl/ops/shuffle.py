@@ -47,15 +47,15 @@ def shuffle_batch(
 ) -> tuple[Tensor, ShuffleHandle]:
     """Shuffle the rows of the global batch across ranks (MoCo's shuffle-BN, arXiv:1911.05722, section 3.3).
 
-    Every rank receives rows of every rank, an equal share or one more, so that no rank's batch statistics give a
-    positive pair away. An all-to-all moves each row once, as it is, of any dtype; it runs while you compute something
+    Every rank receives of every rank ⌊B/W⌋ rows or one more, so that no rank's batch statistics give a positive pair
+    away. An all-to-all moves each row once, as it is, of any dtype; it runs while you compute something
     else, until ``handle.wait()``. One process: a local permutation.
 
     Args:
         x: B×…, this rank's rows; the batches of all ranks must be alike in size, shape, dtype and memory format. You
             may write to `x` afterwards: its rows have been copied.
-        generator: on the CPU. It permutes this rank's rows before they are dealt, so nothing but rows travels; seeded
-            alike on all ranks, its state in one rank's checkpoint serves all.
+        generator: on the CPU, made once: it permutes this rank's rows before they are dealt, anew at each call. The
+            ranks' may differ; seeded alike, the state in one rank's checkpoint serves all.
         group: the process group, with gloo for CPU tensors and nccl for CUDA's; None is the default one.
 
     Returns:
@@ -64,13 +64,13 @@ def shuffle_batch(
 
     Raises:
         ValueError: the batches of the ranks differ (told here for CPU tensors, by ``handle.wait()`` for CUDA's, when
-            an nccl group is of no more use), `x` has no rows, the generator is not on the CPU, or this process is not
+            an nccl group is of no more use), `x` is 0-d, the generator is not on the CPU, or this process is not
             in the group.
         RuntimeError: a rank has died or did not take part within the process group's timeout.
 
     Example:
-        >>> x = torch.randn(8, 3, 32, 32)
-        >>> shuffled, handle = shuffle_batch(x, generator=torch.Generator())
+        >>> x, generator = torch.randn(8, 3, 32, 32), torch.Generator()
+        >>> shuffled, handle = shuffle_batch(x, generator=generator)
         >>> handle.wait()
         >>> bool((unshuffle_batch(shuffled, handle) == x).all())
         True
@@ -124,6 +124,11 @@ def unshuffle_and_gather(keys: Tensor, handle: ShuffleHandle) -> tuple[Tensor, T
     Raises:
         ValueError: the number of rows is another.
         RuntimeError: a rank has died or did not take part within the process group's timeout.
+
+    Example:
+        >>> shuffled, handle = shuffle_batch(torch.randn(8, 3), generator=torch.Generator())
+        >>> handle.wait()
+        >>> key, everyone = unshuffle_and_gather(shuffled * 2, handle)  # the loss takes `key`, the queue `everyone`
     """
     _check_rows("unshuffle_and_gather", keys, handle)
     with _named("unshuffle_and_gather"):

@@ -18,7 +18,8 @@ from fastssl import _extension
 
 ROOT = Path(__file__).parents[2]
 PACKAGE = "tests.csrc.sanitizers"
-CXX, CMAKE = shutil.which(os.environ.get("CXX", "c++")), shutil.which("cmake")
+TOOLS = os.pathsep.join([os.environ.get("PATH", os.defpath), str(Path(sys.executable).parent)])  # pip's cmake too
+CXX, CMAKE = shutil.which(os.environ.get("CXX", "c++")), shutil.which("cmake", path=TOOLS)
 RUN_SECONDS, BUILD_SECONDS = 240, 900
 
 Result = subprocess.CompletedProcess[str]
