@@ -318,7 +318,7 @@ def dies_in_mid_shuffle(rank: int, batch: Tensor) -> None:
 def hangs_in_mid_shuffle(rank: int, batch: Tensor) -> None:
     if rank == 1:
         gather(torch.tensor([len(batch)]), None)
-        time.sleep(8)
+        time.sleep(60)
         os._exit(1)
     shuffle_batch(batch, generator=torch.Generator())[1].wait()
 
@@ -369,9 +369,10 @@ def test_the_others_name_the_op_when_a_rank_dies(death: Death, tmp_path: Path) -
     ranks = [context.Process(target=witness, args=(rank, death, str(tmp_path))) for rank in range(3)]
     for process in ranks:
         process.start()
-    for process in ranks:
-        process.join(60)
+    for rank in (0, 2):
+        ranks[rank].join(50)
+    ranks[1].kill()
     for rank in (0, 2):
         seconds, message = (tmp_path / str(rank)).read_text().split("\n", 1)
         assert message.startswith(f"RuntimeError: {DEATHS[death]}: the exchange with the other ranks failed"), message
-        assert float(seconds) < 4 + 4  # the timeout, and what two busy cores take
+        assert float(seconds) < 4 + 20  # the timeout, and what two busy cores take
