@@ -19,6 +19,7 @@ from fastssl.methods import MoCo
 from fastssl.models import create_backbone
 from fastssl.ops import shuffle_batch, unshuffle_and_gather, unshuffle_batch, use_backend
 from fastssl.ops.reference import gather
+from fastssl.ops.shuffle import _Headers
 from tests import processes
 
 WORLD = 4
@@ -308,16 +309,16 @@ def dies_before(rank: int, batch: Tensor) -> None:
 
 
 def dies_in_mid_shuffle(rank: int, batch: Tensor) -> None:
-    """The sizes are exchanged; the rows of rank 1 never come."""
+    """What the batches are like is exchanged; the rows of rank 1 never come."""
     if rank == 1:
-        gather(torch.tensor([len(batch)]), None)
+        _Headers(batch, None)
         os._exit(1)
     shuffle_batch(batch, generator=torch.Generator())[1].wait()
 
 
 def hangs_in_mid_shuffle(rank: int, batch: Tensor) -> None:
     if rank == 1:
-        gather(torch.tensor([len(batch)]), None)
+        _Headers(batch, None)
         time.sleep(60)
         os._exit(1)
     shuffle_batch(batch, generator=torch.Generator())[1].wait()
