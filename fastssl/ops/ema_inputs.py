@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from fastssl.errors import FastsslError
-from fastssl.ops import library, memory
+from fastssl.ops import memory
 from fastssl.ops.reference import HALF
 
 TARGETS = (torch.float32, torch.float64)
@@ -49,7 +49,7 @@ def as_momentum(momentum: Any) -> float | Tensor:
                 f"momentum must be a number or a floating tensor of one element, got {momentum.dtype} of shape "
                 f"{tuple(momentum.shape)}"
             )
-        if momentum.device.type != "cpu" or not library.readable(momentum):
+        if momentum.device.type != "cpu" or not memory.known([momentum]):
             return momentum.detach().double().reshape(())
         momentum = momentum.item()
     if isinstance(momentum, torch.SymFloat):

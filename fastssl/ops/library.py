@@ -125,11 +125,6 @@ def beyond_the_kernels(tensors: list[Tensor]) -> str | None:
     return next((f"a tensor is a {kind.__name__}" for kind in kinds if is_traceable_wrapper_subclass_type(kind)), None)
 
 
-def readable(x: Tensor) -> bool:
-    """Whether the host can read the value of `x` now: it is not being traced, batched or fake."""
-    return type(x) in memory.PLAIN and not (x.is_meta or torch.compiler.is_compiling() or functorch())
-
-
 def functorch() -> bool:
     """Whether a transform of torch.func is active: the fused ops have no rules for them."""
     return not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()

@@ -44,7 +44,7 @@ def refuse_shared(written: dict[str, list[Tensor]], read: dict[str, list[Tensor]
     """
     writes = [x for tensors in written.values() for x in tensors]
     reads = [x for tensors in read.values() for x in tensors]
-    if not _known([*writes, *reads]):
+    if not known([*writes, *reads]):
         return
     spans = sorted([*map(span, writes), *set(map(span, reads))])
     if all(a[1] <= b[0] for a, b in pairwise(spans)) and all(map(_apart, writes)):
@@ -62,13 +62,13 @@ def refuse_shared(written: dict[str, list[Tensor]], read: dict[str, list[Tensor]
 
 def overlap(a: Tensor, b: Tensor) -> bool:
     """Whether the extents of two tensors overlap."""
-    if not _known([a, b]):
+    if not known([a, b]):
         return False
     (a_begin, a_end), (b_begin, b_end) = span(a), span(b)
     return a_begin < b_end and b_begin < a_end
 
 
-def _known(tensors: Iterable[Tensor]) -> bool:
+def known(tensors: Iterable[Tensor]) -> bool:
     """Whether the tensors have memory of their own: not those that are traced, fake, on meta or wrapped."""
     if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
         return False

@@ -48,8 +48,8 @@ def shuffle_batch(
     """Shuffle the rows of the global batch across ranks (MoCo's shuffle-BN, arXiv:1911.05722, section 3.3).
 
     Every rank receives of every rank ⌊B/W⌋ rows or one more, so that no rank's batch statistics give a positive pair
-    away. An all-to-all moves each row once, as it is, of any dtype; it runs while you compute something
-    else, until ``handle.wait()``. One process: a local permutation.
+    away. An all-to-all moves each row once, as it is, of any dtype; it runs while you compute something else, until
+    ``handle.wait()``. One process: a local permutation.
 
     Args:
         x: B×…, this rank's rows; the batches of all ranks must be alike in size, shape, dtype and memory format. You
@@ -152,9 +152,7 @@ class _Exchange:
         library.call("wait_rows", self.name, self.rows)
 
 
-def _shuffle(
-    name: str, x: Tensor, drawn: deal.Deal, group: dist.ProcessGroup | None
-) -> tuple[Tensor, _Exchange | None]:
+def _shuffle(name: str, x: Tensor, drawn: deal.Deal, group: dist.ProcessGroup | None) -> tuple[Tensor, _Exchange]:
     exchange = _Exchange(name, x, _send(drawn.order, x.device), drawn.sent, drawn.received, _group_name(group, drawn))
     return exchange.rows, exchange
 

@@ -1,7 +1,7 @@
 """ema_update_ against float64, tensor by tensor: ragged lists, dtypes, layouts, and what is refused."""
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -13,26 +13,15 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.testing._internal.two_tensor import TwoTensor
 
-from fastssl import _extension
 from fastssl.errors import FastsslError
-from fastssl.ops import ema_update_, use_backend
+from fastssl.ops import ema_update_
 from fastssl.ops.backend import requested
 
-BACKENDS = ("native", "reference", *(["cuda"] if torch.cuda.is_available() else []))
 FLOATS = (torch.float32, torch.float64)
 SOURCES = (*FLOATS, torch.bfloat16, torch.float16)
 HALF = (torch.bfloat16, torch.float16)
 # One rounding of each of three operations; in float32 for a float32 target whatever its source.
 TOLERANCE = {torch.float32: 4 * 2.0**-24, torch.float64: 4 * 2.0**-53}
-
-
-@pytest.fixture(params=BACKENDS)
-def device(request: pytest.FixtureRequest) -> Iterator[str]:
-    """Every test that asks for a device runs on each backend."""
-    if request.param != "reference" and (why := _extension.missing()):
-        pytest.skip(why)
-    with use_backend(request.param):
-        yield "cuda" if request.param == "cuda" else "cpu"
 
 
 def check(

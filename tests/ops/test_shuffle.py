@@ -1,7 +1,5 @@
 """Shuffle-BN in one process: how rows are dealt, and the public functions. For several, see test_distributed.py."""
 
-from collections.abc import Iterator
-
 import pytest
 import torch
 from hypothesis import given, settings
@@ -10,17 +8,7 @@ from torch import Tensor
 
 from fastssl import _extension
 from fastssl.errors import FastsslError
-from fastssl.ops import deal, shuffle_batch, unshuffle_and_gather, unshuffle_batch, use_backend
-
-BACKENDS = ("native", "reference", *(["cuda"] if torch.cuda.is_available() else []))
-
-
-@pytest.fixture(params=BACKENDS)
-def device(request: pytest.FixtureRequest) -> Iterator[str]:
-    if request.param != "reference" and (why := _extension.missing()):
-        pytest.skip(why)
-    with use_backend(request.param):
-        yield "cuda" if request.param == "cuda" else "cpu"
+from fastssl.ops import deal, shuffle_batch, unshuffle_and_gather, unshuffle_batch
 
 
 def deals_of(batch: int, world: int, seed: int) -> list[deal.Deal]:

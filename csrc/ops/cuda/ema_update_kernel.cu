@@ -12,8 +12,8 @@ namespace fastssl::ops {
 namespace {
 
 // Loads that a thread has under way, 16 bytes of target and up to as many of source each. At 64 registers a thread,
-// 1,024 threads of an SM then have up to 128 KiB under way; bandwidth × latency is about 20 KiB on an H100, 45 on a
-// B200.
+// 1,024 threads of an SM then have up to 128 KiB under way; published bandwidth × assumed latency predicts that about
+// 20 KiB are enough on an H100, 45 on a B200.
 constexpr int kInFlight = 4;
 constexpr int kThreads = 256;
 constexpr int kBlocksOfSm = 4;  // what bounds the registers to 64
