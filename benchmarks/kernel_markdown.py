@@ -109,6 +109,28 @@ def update_table(report: Row) -> list[str]:
     )
 
 
+def augmentation_table(report: Row) -> list[str]:
+    """Batches of images on all chips."""
+    return table(
+        [
+            {
+                "view": f"{row['augmentation']}, N={row['count']}, {row['side']} pixels",
+                "jittered, blurred": f"{row['jittered']:.0%}, {row['blurred']:.0%}",
+                "chip": report["chips"][str(row["chip"])]["name"],
+                "floor µs": f"{row['floor_us']:.1f}",
+                "predicted µs": f"{row['predicted_us']:.1f}",
+                "÷ floor": f"{row['ratio']:.2f}",
+                "of which": " + ".join(
+                    f"{r['kernel'].removeprefix('augment_')} {r['predicted_us']:.1f}" for r in row["launches"]
+                ),
+                "device MB": mega(row["device_bytes"]),
+                "÷ once": f"{row['device_bytes'] / row['least_bytes']:.2f}",
+            }
+            for row in sorted(report["augmentations"], key=lambda row: (row["augmentation"], row["chip"]))
+        ]
+    )
+
+
 def kernel_table(report: Row) -> list[str]:
     """What ptxas made."""
     return table(
@@ -170,6 +192,9 @@ def markdown(report: Row) -> str:
     lines += moco_table(report)
     for chip in sorted(report["chips"], key=int):
         lines += chip_section(report, chip)
+    lines += ["## Augmentation", ""]
+    lines += ["From bytes to bfloat16; the floor is set by device memory: bytes read and the result written, once.", ""]
+    lines += augmentation_table(report)
     lines += ["## Momentum updates", ""]
     lines += ["Float32 targets read and written, sources read; the floor is set by device memory.", ""]
     lines += update_table(report)

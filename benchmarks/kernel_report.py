@@ -21,6 +21,8 @@ bytes and operations, counted from the launch's arguments; the roofline's floor;
   Left out, so that a real chip is rather slower: bank conflicts, instruction fetch, clocks lowered under load, launches
   (told apart: LAUNCH each, unless a CUDA graph hides them).
 - *Enqueue* waits for memory twice in a row, for the state and for its ticket; that takes longer than its few bytes.
+- *Augmentation*: programs of images that need no mean luma or are not blurred end at once and are not counted. Of the
+  jitter all four parts are played, and both ways that an image can take behind it.
 - *Momentum updates* only stream: predicted is their bytes at STREAMED of the published bandwidth, which is assumed.
 """
 
@@ -44,16 +46,19 @@ import torch
 from benchmarks import sass
 from benchmarks.kernel_markdown import counted, markdown
 from benchmarks.roofline import (
+    AUGMENTATIONS,
     CHIPS,
     SHAPES,
     STREAMED,
     UPDATES,
     WORK,
+    Augmentation,
     Chip,
     Row,
     Shape,
     Update,
     Work,
+    augmentation_launches,
     ceil,
     launches,
     nbytes,
@@ -64,8 +69,9 @@ LAUNCH = 2e-6  # seconds from the end of one kernel to the start of the next: as
 MOST_THREADS = 1024  # of a block of any kernel
 RESULTS = Path(__file__).parent / "results"
 SOURCES = Path(__file__).parents[1] / "csrc"
-PRODUCTS = ("split", "negatives")  # kernels that must use matrix units
-# Their instructions by chip. Of tf32x3, which loads float32 and splits it in registers, any will do.
+PRODUCTS = ("split", "negatives", "augment_blur")  # kernels that must use matrix units
+# Their instructions by chip. Any will do for tf32x3, which loads float32 and splits it in registers, and for the blur,
+# whose tiles are smaller than those of the newer instructions.
 MATRIX = {80: "HMMA", 90: "HGMMA", 100: "UTC", 120: "HMMA"}
 
 
@@ -159,7 +165,7 @@ def problems(row: Row) -> list[str]:
     limit = CHIPS[row["chip"]].shared[0]
     if row["shared"] > limit:
         found.append(f"{where}: {row['shared']} bytes of shared memory; the chip has {limit}")
-    want = "" if "tf32x3" in row["name"] else MATRIX[row["chip"]]
+    want = "" if "tf32x3" in row["name"] or row["name"].startswith("augment") else MATRIX[row["chip"]]
     if row["name"].startswith(PRODUCTS) and not any(opcode.startswith(want) for opcode in row["matrix"]):
         found.append(f"{where}: no matrix instruction {want}; has {counted(row['matrix'])}")
     return found
@@ -295,6 +301,28 @@ def update_row(update: Update, chip: int) -> Row:
     }
 
 
+def augmentation_row(augmentation: Augmentation, chip: int) -> Row:
+    """An augmentation against the floor: images read once and the result written."""
+    found = augmentation_launches(augmentation, chip)
+    rows = [launch_row(launch, chip) for launch in found]
+    once = nbytes(found[0].arguments["images"], found[1].arguments["out"])
+    floor, predicted = micro(once / CHIPS[chip].bandwidth), sum(r["predicted_us"] for r in rows)
+    return {
+        "augmentation": augmentation.title,
+        "chip": chip,
+        "count": augmentation.images,
+        "side": augmentation.side,
+        "jittered": augmentation.jittered,
+        "blurred": augmentation.blurred,
+        "least_bytes": once,
+        "device_bytes": round(sum(r["device_bytes"] for r in rows)),
+        "floor_us": floor,
+        "predicted_us": round(predicted, 2),
+        "ratio": round(predicted / floor, 2),
+        "launches": rows,
+    }
+
+
 @functools.lru_cache
 def variants(chip: int) -> dict[str, Any]:
     """What ships for a chip, by name."""
@@ -397,6 +425,7 @@ def main() -> int:
         print("\n".join(wrong) or f"{len(kernels)} kernels: nothing spills, all fit, all products use matrix units")
     if not options.check:
         shapes = in_parallel(options.jobs, shape_row, [(shape, chip) for chip in options.chips for shape in SHAPES])
+        views = [(augmentation, chip) for chip in options.chips for augmentation in AUGMENTATIONS]
         report = {
             "heading": "predicted, not measured",
             "date": datetime.date.today().isoformat(),
@@ -404,6 +433,7 @@ def main() -> int:
             "notes": notes(),
             "chips": {str(chip): ceilings(chip) for chip in options.chips},
             "shapes": shapes,
+            "augmentations": in_parallel(options.jobs, augmentation_row, views),
             "updates": [update_row(update, chip) for chip in options.chips for update in UPDATES],
             "kernels": kernels,
             "missing": missing,

@@ -238,7 +238,48 @@ def touched(a: Row) -> int:
     return state + a["rows"] * a["DIM"] * (a["keys"].element_size() + a["queue"].element_size())
 
 
+def luma_work(a: Row) -> Work:
+    """Images read for the sums of their luma: those whose contrast changes."""
+    share = a["share"]
+    device = nbytes(a["images"], a["sums"]) * share
+    return Work(0, 0, 0, device, device, 0, round(a["sums"].numel() * share), sass.Trips(1))
+
+
+def color_work(a: Row) -> Work:
+    """Images read; the result or, for a blur, planes written."""
+    share = a["share"]
+    device = nbytes(a["images"]) + nbytes(a["out"]) * (1 - share) + nbytes(a["planes"]) * share
+    return Work(0, 0, 0, device, device, 0, len(a["images"]) * a["blocks"], sass.Trips(1))
+
+
+def blur_work(a: Row) -> Work:
+    """Planes read by tile, each with its surroundings, and the result written; channels one after the other."""
+    count, _, height, stride = a["planes"].shape
+    programs = count * a["down"] * a["across"]
+    tile, chunk = (a[f"{name}_ROWS"] * a[f"{name}_COLUMNS"] for name in ("TILE", "CHUNK"))
+    lines = min(a["row_taps"] + a["TILE_ROWS"] - 1, height) * min(a["CHUNK_COLUMNS"], stride)
+    chunks = a["ROW_CHUNKS"] * a["COLUMN_CHUNKS"]
+    half = 3 * 2.0 * (a["TILE_ROWS"] * chunk * chunks + tile * a["CHUNK_COLUMNS"] * a["COLUMN_CHUNKS"])
+    tables = nbytes(a["rows"], a["columns"])
+    once = nbytes(a["planes"], a["out"]) + tables
+    reads = programs * (3 * lines * chunks * a["planes"].element_size() + tables // count)
+    share = a["share"]
+    return Work(
+        half * programs * share,
+        0,
+        0,
+        device=once * share,
+        cache=(reads + nbytes(a["out"])) * share,
+        partials=0,
+        programs=round(programs * share),
+        trips=sass.Trips(3),
+    )
+
+
 WORK = {
+    "augment_luma": luma_work,
+    "augment_color": color_work,
+    "augment_blur": blur_work,
     "inverse_norms": norms_work,
     "info_nce_split": split_work,
     "info_nce_combine": combine_work,
@@ -298,7 +339,47 @@ UPDATES = [
     Update("ResNet-50, float32 sources", 161, 25_557_032, 4),
     Update("ResNet-50, bfloat16 sources", 161, 25_557_032, 2),
 ]
+
+
+class Augmentation(NamedTuple):
+    """A batch of images to bfloat16; `jittered` and `blurred` are the shares of images that are."""
+
+    title: str
+    steps: tuple[int, ...]  # as in fastssl.ops.photometric.PHOTOMETRIC
+    taps: int
+    jittered: float
+    blurred: float
+    images: int = 256
+    side: int = 224
+
+
+AUGMENTATIONS = [
+    Augmentation("MoCo v2", (0, 1, 2), 13, 0.8, 0.5),
+    Augmentation("BYOL, first view", (0, 1, 2), 23, 0.8, 1.0),
+    Augmentation("BYOL, second view", (0, 1, 2, 3), 23, 0.8, 0.1),
+]
 STREAMED = 0.9  # share of the published bandwidth that a kernel reaches which only streams: assumed
+
+
+def augmentation_launches(augmentation: Augmentation, chip: int) -> list[Any]:
+    """The kernels that an augmentation starts, with their arguments and the `share` of images that it is about."""
+    from fastssl.kernels import augment
+    from fastssl.kernels.launch import recording
+
+    count, side, taps = augmentation.images, augmentation.side, augmentation.taps
+    with torch.device("meta"):
+        images = torch.empty(count, side, side, 3, dtype=torch.uint8)
+        out = torch.empty(count, 3, side, side, dtype=torch.bfloat16)
+        parameters, table = torch.empty(count, 12), torch.empty(count, taps, taps)
+    with recording(chip, "tf32") as found:
+        augment.augment(images, out, parameters, table, table, augmentation.steps, (0.5,) * 3, (0.2,) * 3)
+    shares = {"augment_luma": augmentation.jittered}
+    return [
+        launch._replace(
+            arguments={**launch.arguments, "share": shares.get(launch.kernel.fn.__name__, augmentation.blurred)}
+        )
+        for launch in found
+    ]
 
 
 def launches(shape: Shape, chip: int) -> list[Any]:

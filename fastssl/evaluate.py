@@ -26,7 +26,7 @@ class KnnOptions:
     bank_images: int = 50_000
     """Most training images used as the bank."""
     workers: int = 2
-    """Processes that decode image files."""
+    """Threads (DALI) or processes (torchvision) that read, decode and augment."""
 
 
 def knn(options: KnnOptions) -> int:
@@ -36,6 +36,7 @@ def knn(options: KnnOptions) -> int:
     from torch import nn
 
     from fastssl.data import augmentation as aug
+    from fastssl.data.loading import Loading
     from fastssl.engine.build import build_method, build_source, load_weights
     from fastssl.engine.checkpoint import CheckpointFolder, load
     from fastssl.engine.config import from_dict
@@ -67,7 +68,7 @@ def knn(options: KnnOptions) -> int:
     evaluator = Evaluator(
         build_source(config, augmentation), augmentation, device, autocast_dtype(config.precision, device),
         k=k, temperature=temperature, bank_images=options.bank_images,
-        workers=options.workers, seed=config.seed,
+        loading=Loading(config.loader, workers=options.workers, seed=config.seed),
     )  # fmt: skip
     if evaluator.cannot_knn:
         raise FastsslError(f"no kNN accuracy for '{config.data}': {evaluator.cannot_knn}")

@@ -5,7 +5,7 @@ from pathlib import Path
 import jsonargparse
 
 from fastssl import cli
-from fastssl.data import is_named
+from fastssl.data import absolute, is_named
 from fastssl.engine.config import CONFIGS, Config, recipe_names, recipe_path
 from fastssl.engine.config import RECIPES as SHIPPED
 from fastssl.errors import FastsslError
@@ -66,8 +66,9 @@ def parse(arguments: list[str]) -> tuple[Config, str]:
     values = {key: value for key, value in vars(parsed[method]).items() if key not in ("recipe", "print_config")}
     config = CONFIGS[method](**values)
     # The configuration is kept with the run, which may be resumed or evaluated from another folder.
-    if not is_named(config.data):
-        config.data = str(Path(config.data).absolute())
+    config.data = absolute(config.data)
+    if config.exclude is not None:
+        config.exclude = str(Path(config.exclude).absolute())
     if config.augmentation.endswith((".yaml", ".yml")):
         config.augmentation = str(Path(config.augmentation).absolute())
     return config, _run_name(path, method)

@@ -7,14 +7,14 @@ from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import torch
-from fastssl.kernels import info_nce, key_queue, normalized_mse
+from fastssl.kernels import augment, info_nce, key_queue, normalized_mse
 from fastssl.kernels.launch import Launch, recording
 from torch import Tensor
 
 CHIPS = (80, 90, 100, 120)
 N, M = 256, 65536
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
-TYPES = {BF16: "bf16", FP16: "fp16", FP32: "fp32", torch.int32: "i32", torch.int64: "i64"}
+TYPES = {BF16: "bf16", FP16: "fp16", FP32: "fp32", torch.int32: "i32", torch.int64: "i64", torch.uint8: "u8"}
 
 
 class Variant(NamedTuple):
@@ -62,6 +62,11 @@ def variants(chip: int) -> Iterator[Variant]:
         yield from _enqueue(chip, keys, queue, dim)
     _, _, integer = _tensors(1, FP32, None)
     yield from _recorded("", chip, "tf32", lambda: key_queue.dequeue(integer, integer, M, N))
+    yield from _augment(chip, "bf16 moco_v2", BF16, (0, 1, 2), 13)
+    yield from _augment(chip, "fp32 byol", FP32, (0, 1, 2, 3), 23, ("color", "blur"))
+    yield from _augment(chip, "fp16 byol", FP16, (0, 1, 2, 3), 23, ("blur",))
+    yield from _augment(chip, "bf16 61 taps", BF16, (2, 3, 4), 61, ("blur",), width=225)
+    yield from _augment(chip, "bf16 no blur", BF16, (0, 3, 4), 0, ("color",))
 
 
 def _loss(
@@ -127,6 +132,29 @@ def _enqueue(chip: int, keys: torch.dtype, queue: torch.dtype, dim: int) -> Iter
     yield from _recorded(name, chip, "tf32", lambda: key_queue.enqueue(rows, integer, integer, arrived, batch))
 
 
+def _augment(
+    chip: int,
+    name: str,
+    dtype: torch.dtype,
+    steps: tuple[int, ...],
+    taps: int,
+    kernels: tuple[str, ...] = ("luma", "color", "blur"),
+    width: int = 224,
+) -> Iterator[Variant]:
+    """Numbers of steps as in fastssl.ops.photometric.PHOTOMETRIC."""
+    with torch.device("meta"):
+        images = torch.empty(N, 224, width, 3, dtype=torch.uint8)
+        out, parameters = torch.empty(N, 3, 224, width, dtype=dtype), torch.empty(N, 12)
+        table = torch.empty(N, taps, taps)
+    mean, std = (0.5,) * 3, (0.2,) * 3
+    found = _recorded(
+        name, chip, "tf32", lambda: augment.augment(images, out, parameters, table, table, steps, mean, std)
+    )
+    for variant in found:
+        if variant.name.split()[0].removeprefix("augment_") in kernels:
+            yield variant
+
+
 def _tensors(dim: int, dtype: torch.dtype, keys: torch.dtype | None) -> tuple[Tensor, Tensor | None, Tensor]:
     integer = torch.empty((), dtype=torch.int64, device="meta")
     negatives = None if keys is None else torch.empty(M, dim, dtype=keys, device="meta")
@@ -140,6 +168,11 @@ def _recorded(name: str, chip: int, precision: str, run: Callable[[], Any]) -> I
         yield variant(name, chip, found)
 
 
+def _is_one(value: Any, parameter: Any) -> bool:
+    """Whether Triton's launcher puts the number 1 into the code."""
+    return isinstance(value, int) and value == 1 and not parameter.do_not_specialize
+
+
 def variant(name: str, chip: int, launch: Launch) -> Variant:
     """A launch as a compilation: types and specialisation as Triton's own launcher derives them from the arguments."""
     signature: dict[str, str] = {}
@@ -151,7 +184,7 @@ def variant(name: str, chip: int, launch: Launch) -> Variant:
         if isinstance(value, Tensor):
             signature[parameter.name] = "*" + TYPES[value.dtype]
             divisible = True  # addresses from torch's allocator
-        elif parameter.is_constexpr or value is None or (value == 1 and not parameter.do_not_specialize):
+        elif parameter.is_constexpr or value is None or _is_one(value, parameter):
             signature[parameter.name] = "constexpr"
             constexprs[parameter.name] = value
         elif isinstance(value, float):

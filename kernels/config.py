@@ -33,6 +33,16 @@ class CombineTile(NamedTuple):
     warps: int
 
 
+class BlurTile(NamedTuple):
+    """Rows × columns of blurred pixels of one program, and of the pixels that it multiplies at once."""
+
+    rows: int
+    columns: int
+    chunk_rows: int
+    chunk_columns: int
+    warps: int
+
+
 # By the width of a row (more than 256 is done in slices): rows, columns, product, warps, stages. Chosen by compiling:
 # the largest that spill no register on any chip. A product narrower than the row, that is q·k in parts, is what
 # spares registers; the keys are then read a second time from the cache.
@@ -61,6 +71,10 @@ QUEUES = {
     100: QUEUE,
     120: {64: (128, 64, 64, 8, 2), 128: (128, 64, 128, 8, 3), 256: HALF[256]},  # 99 KB of shared memory
 }
+
+
+PIXELS = 1024  # that a program of `augment_luma` or `augment_color` holds, with so many warps:
+LUMA_WARPS, COLOR_WARPS = 4, 8
 
 
 def family(major: int, minor: int) -> int:
@@ -146,6 +160,19 @@ def queue_rows(chip: Chip, block_dim: int) -> int:
 def paired_splits(chip: Chip, rows: int, columns: int, at_once: int) -> int:
     """Programs that share one query's own negatives: several for each multiprocessor, at least two tiles each."""
     return max(1, min(blocks(8 * chip.multiprocessors, max(rows, 1)), columns // (2 * at_once), 65535))
+
+
+def luma_shares(chip: Chip, blocks: int) -> int:
+    """Programs that sum the luma of an image of so many blocks; every program of the next launch adds them up."""
+    return min(blocks, 2 if chip.family == INTERPRETER else 128)
+
+
+def blur_tile(chip: Chip, taps: int) -> BlurTile:
+    """For `augment_blur`: up to 26 taps all pixels that a tile is made of at once."""
+    tile = BlurTile(32, 32, 64, 64, 4)
+    if taps + tile.columns + 6 > tile.chunk_columns or chip.family == INTERPRETER:
+        tile = tile._replace(chunk_rows=32, chunk_columns=32)  # which a loop with its weights leaves registers for
+    return tile
 
 
 def blocks(a: int, b: int) -> int:

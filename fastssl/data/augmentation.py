@@ -1,6 +1,8 @@
-"""Augmentation recipes as data: what is done to an image, in which order; `per_image` and `batched` execute it."""
+"""Augmentation recipes as data: what is done to an image, in which order.
 
-import math
+DALI and `augment_` execute them (`dali_loader`), or torchvision (`per_image`).
+"""
+
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, ClassVar
@@ -8,42 +10,10 @@ from typing import Any, ClassVar
 import yaml
 
 from fastssl.errors import FastsslError
+from fastssl.ops.augment import IMAGENET_MEAN, IMAGENET_STD
+from fastssl.ops.photometric import PHOTOMETRIC, Range, Step, check_steps, is_number
 
 FOLDER = Path(__file__).parent / "augmentations"
-Range = tuple[float, float]
-
-
-def _is_number(value: object, whole: bool = False) -> bool:
-    """A finite number; True and False, which Python counts as numbers, are none."""
-    kinds = int if whole else (int, float)
-    return isinstance(value, kinds) and not isinstance(value, bool) and math.isfinite(value)
-
-
-@dataclass(frozen=True)
-class Step:
-    """One random operation; sub-classes list its parameters in the field's usual units."""
-
-    name: ClassVar[str]
-
-    def __post_init__(self) -> None:
-        for field in fields(self):
-            value = getattr(self, field.name)
-            if isinstance(value, list):
-                object.__setattr__(self, field.name, tuple(value))
-            if field.type in (float, int) and not _is_number(value, whole=field.type is int):
-                kind = "a whole number" if field.type is int else "a number"
-                raise FastsslError(f"{self.name}: {field.name} must be {kind}, got {value!r}")
-        for name in ("area", "aspect", "sigma"):
-            self._check_range(name)
-        p = getattr(self, "p", 1.0)
-        if not 0 <= p <= 1:
-            raise FastsslError(f"{self.name}: p must lie in 0…1, got {p!r}")
-
-    def _check_range(self, name: str) -> None:
-        bounds = getattr(self, name, (1.0, 1.0))
-        numbers = isinstance(bounds, tuple) and len(bounds) == 2 and all(map(_is_number, bounds))
-        if not numbers or not 0 < bounds[0] <= bounds[1]:
-            raise FastsslError(f"{self.name}: {name} must be [low, high] with 0 < low <= high, got {bounds!r}")
 
 
 @dataclass(frozen=True)
@@ -82,73 +52,8 @@ class HorizontalFlip(Step):
     p: float = 0.5
 
 
-@dataclass(frozen=True)
-class ColorJitter(Step):
-    """torchvision's ColorJitter: factors from 1±x (hue: ±x of a turn), the four in random order."""
-
-    name: ClassVar[str] = "color_jitter"
-    brightness: float = 0.0
-    contrast: float = 0.0
-    saturation: float = 0.0
-    hue: float = 0.0
-    p: float = 1.0
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        for field in ("brightness", "contrast", "saturation"):
-            if getattr(self, field) < 0:
-                raise FastsslError(f"{self.name}: {field} must be 0 or more, got {getattr(self, field)!r}")
-        if not 0 <= self.hue <= 0.5:
-            raise FastsslError(f"{self.name}: hue must lie in 0…0.5, got {self.hue!r}")
-
-
-@dataclass(frozen=True)
-class Grayscale(Step):
-    """Replace the colours by their luma, keeping three channels."""
-
-    name: ClassVar[str] = "grayscale"
-    p: float = 0.2
-
-
-@dataclass(frozen=True)
-class GaussianBlur(Step):
-    """Blur with sigma drawn uniformly, in pixels.
-
-    kernel_size 0 is PIL's GaussianBlur(radius=sigma), three box blurs, as in MoCo v2's code; an odd number is a true
-    Gaussian cut to so many taps, as in BYOL's (23 at 224 pixels).
-    """
-
-    name: ClassVar[str] = "gaussian_blur"
-    sigma: Range = (0.1, 2.0)
-    kernel_size: int = 0
-    p: float = 0.5
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.kernel_size != 0 and (self.kernel_size < 3 or self.kernel_size % 2 == 0):
-            raise FastsslError(f"{self.name}: kernel_size must be 0 (PIL) or odd and >= 3, got {self.kernel_size!r}")
-
-
-@dataclass(frozen=True)
-class Solarize(Step):
-    """Invert every value at or above the threshold (of 1)."""
-
-    name: ClassVar[str] = "solarize"
-    threshold: float = 0.5
-    p: float = 0.2
-
-
-@dataclass(frozen=True)
-class RandomErasing(Step):
-    """Blacken a random rectangle; aspect is height / width here, as in torchvision."""
-
-    name: ClassVar[str] = "random_erasing"
-    area: Range = (0.02, 0.2)
-    aspect: Range = (0.3, 3.3)
-    p: float = 0.5
-
-
-STEPS: dict[str, type[Step]] = {step.name: step for step in Step.__subclasses__()}
+GEOMETRIC: tuple[type[Step], ...] = (RandomResizedCrop, RandomShift, HorizontalFlip)
+STEPS: dict[str, type[Step]] = {step.name: step for step in (*GEOMETRIC, *PHOTOMETRIC)}
 
 
 @dataclass(frozen=True)
@@ -157,13 +62,44 @@ class View:
 
     size: int
     steps: tuple[Step, ...]
-    mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
-    std: tuple[float, float, float] = (0.229, 0.224, 0.225)
+    mean: tuple[float, float, float] = IMAGENET_MEAN
+    std: tuple[float, float, float] = IMAGENET_STD
 
     @property
     def crops(self) -> bool:
         """Whether a random crop brings images to the view's size; otherwise they are resized first."""
         return any(isinstance(step, RandomResizedCrop) for step in self.steps)
+
+    @property
+    def geometry(self) -> tuple[Step, ...]:
+        """Crop, shift and flip, which are done first: the rest neither sees where a pixel lies nor prefers a side.
+
+        Raises:
+            FastsslError: a crop or a shift follows what it would change, or a kind of step comes twice.
+        """
+        steps = tuple(step for step in self.steps if isinstance(step, GEOMETRIC))
+        if len({type(step) for step in steps}) < len(steps):
+            raise FastsslError("the dali loader does each kind of step once: use --loader torchvision")
+        # A flip may come anywhere.
+        rank = {RandomResizedCrop: 0, RandomShift: 1}
+        ranks = [rank.get(type(step), 2) for step in self.steps if not isinstance(step, HorizontalFlip)]
+        if ranks != sorted(ranks):
+            raise FastsslError(
+                "the dali loader does random_resized_crop, then random_shift, then what changes colours: "
+                "order the steps so, or use --loader torchvision"
+            )
+        return steps
+
+    @property
+    def photometric(self) -> tuple[Step, ...]:
+        """Colours, blur and erasing, in order: what `augment_` does.
+
+        Raises:
+            FastsslError: a kind of step comes twice.
+        """
+        steps = tuple(step for step in self.steps if isinstance(step, PHOTOMETRIC))
+        check_steps(steps)
+        return steps
 
     @property
     def evaluation(self) -> "View":
@@ -221,12 +157,12 @@ def parse(content: Any) -> Augmentation:
 def _view(content: Any) -> View:
     keys = _mapping(content, "a view", {field.name for field in fields(View)})
     size, steps = keys.pop("size", None), keys.pop("steps", [])
-    if not _is_number(size, whole=True) or size < 1:
+    if not is_number(size, whole=True) or size < 1:
         raise FastsslError(f"a view's size must be a whole number of pixels, got {size!r}")
     if not isinstance(steps, list):
         raise FastsslError(f"a view's steps must be a list, got {steps!r}")
     for name, value in keys.items():
-        if not (isinstance(value, list) and len(value) == 3 and all(map(_is_number, value))):
+        if not (isinstance(value, list) and len(value) == 3 and all(map(is_number, value))):
             raise FastsslError(f"a view's {name} must be three numbers, got {value!r}")
         if name == "std" and min(value) <= 0:
             raise FastsslError(f"a view's std must be above 0, got {value!r}")

@@ -8,12 +8,13 @@ from torch import nn
 from torchvision.transforms import v2
 
 from fastssl.data import augmentation as aug
+from fastssl.ops import photometric
 
 
 class PILGaussianBlur(nn.Module):
     """MoCo v2's blur: PIL's GaussianBlur with a radius drawn from `sigma`."""
 
-    def __init__(self, sigma: aug.Range) -> None:
+    def __init__(self, sigma: photometric.Range) -> None:
         super().__init__()
         self.sigma = sigma
 
@@ -45,7 +46,7 @@ def transform(view: aug.View) -> v2.Compose:
 
 
 @singledispatch
-def module(step: aug.Step, size: int) -> nn.Module:
+def module(step: photometric.Step, size: int) -> nn.Module:
     """The torchvision module that does `step` to a PIL image."""
     raise TypeError(f"per-image execution knows no step {step!r}")
 
@@ -68,18 +69,18 @@ def _(step: aug.HorizontalFlip, size: int) -> nn.Module:
 
 
 @module.register
-def _(step: aug.ColorJitter, size: int) -> nn.Module:
+def _(step: photometric.ColorJitter, size: int) -> nn.Module:
     jitter = v2.ColorJitter(step.brightness, step.contrast, step.saturation, step.hue)
     return v2.RandomApply([jitter], step.p)
 
 
 @module.register
-def _(step: aug.Grayscale, size: int) -> nn.Module:
+def _(step: photometric.Grayscale, size: int) -> nn.Module:
     return v2.RandomGrayscale(step.p)
 
 
 @module.register
-def _(step: aug.GaussianBlur, size: int) -> nn.Module:
+def _(step: photometric.GaussianBlur, size: int) -> nn.Module:
     blur: nn.Module = PILGaussianBlur(step.sigma)
     if step.kernel_size:
         blur = v2.GaussianBlur(step.kernel_size, step.sigma)
@@ -87,7 +88,7 @@ def _(step: aug.GaussianBlur, size: int) -> nn.Module:
 
 
 @module.register
-def _(step: aug.Solarize, size: int) -> nn.Module:
+def _(step: photometric.Solarize, size: int) -> nn.Module:
     return v2.RandomSolarize(step.threshold * 256, step.p)  # 0.5 is PIL's 128
 
 
@@ -103,5 +104,5 @@ class _OnTensor(nn.Module):
 
 
 @module.register
-def _(step: aug.RandomErasing, size: int) -> nn.Module:
+def _(step: photometric.RandomErasing, size: int) -> nn.Module:
     return _OnTensor(v2.RandomErasing(step.p, step.area, step.aspect))

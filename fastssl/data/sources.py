@@ -1,4 +1,4 @@
-"""Where images come from: the embedded set, CIFAR, a folder. A source knows its images and labels, nothing random."""
+"""Where images come from: the embedded set, CIFAR, folders, shards. A source knows its images, nothing random."""
 
 import os
 from dataclasses import dataclass
@@ -6,14 +6,36 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 from torch import Tensor
 
-from fastssl.data import is_named
-from fastssl.errors import DataError, FastsslError
+from fastssl.data import is_named, shards
+from fastssl.data.decode import EXTENSIONS, decode
+from fastssl.data.exclude import Exclusions, Report, refuse
+from fastssl.data.folder import find
+from fastssl.data.remote_shards import RemoteImages, RemoteShards, expand
+from fastssl.data.stored import FolderImages, RecordImages, StoredImages, TarImages
+from fastssl.errors import FastsslError
 
-EXTENSIONS = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".ppm", ".pgm")
-MEMORY_LIMIT = 2**30  # bytes of uint8 pixels that a folder of equal-sized images may take to be held in memory
+__all__ = [
+    "ArrayImages",
+    "FolderImages",
+    "Images",
+    "RecordImages",
+    "Source",
+    "StoredImages",
+    "TarImages",
+    "in_memory",
+    "load_image",
+    "open_source",
+    "open_stored",
+]
+
+KINDS = (
+    "a folder of images or shards, shards (SHARD.tar, 'GLOB/*.tar', tfrecord:GLOB, s3://BUCKET/…), "
+    "embedded, cifar10 or cifar100"
+)
+MEMORY_LIMIT = 2**30  # bytes of uint8 pixels that stored images of equal size may take to be held in memory
 
 
 @dataclass(frozen=True)
@@ -32,24 +54,7 @@ class ArrayImages:
         return ArrayImages(self.pixels[index], None if self.labels is None else self.labels[index], self.classes)
 
 
-@dataclass(frozen=True)
-class FolderImages:
-    """Image files on disk, of any size."""
-
-    paths: tuple[Path, ...]
-    labels: Tensor | None
-    classes: tuple[str, ...] = ()
-
-    def __len__(self) -> int:
-        return len(self.paths)
-
-    def subset(self, index: Tensor) -> "FolderImages":
-        """The images at `index`."""
-        labels = None if self.labels is None else self.labels[index]
-        return FolderImages(tuple(self.paths[i] for i in index.tolist()), labels, self.classes)
-
-
-Images = ArrayImages | FolderImages
+Images = ArrayImages | StoredImages | RemoteShards | RemoteImages
 
 
 @dataclass(frozen=True)
@@ -61,29 +66,107 @@ class Source:
     test: Images | None
 
 
-def open_source(data: str, holdout: float = 0.0, seed: int = 0) -> Source:
-    """Open `data`: "embedded", "cifar10", "cifar100" (optionally "cifar10:FOLDER"), or a folder of images.
+def open_source(data: str, holdout: float = 0.0, seed: int = 0, exclude: Path | str | None = None) -> Source:
+    """Open `data`: a name, a folder of images, or shards. Nothing is decoded.
 
     Args:
-        data: the name or the folder. A folder may hold `train` and `val` (or `test`), or sub-folders by class,
-            or images without labels.
+        data: "embedded", "cifar10", "cifar100" (optionally "cifar10:FOLDER"); a folder, see `open_stored`; a shard,
+            "shards/*.tar", "shards/train-{000..099}.tar", "tfrecord:GLOB", "s3://BUCKET/train-{000..099}.tar".
         holdout: share of the images, 0…1, taken out of training for evaluation when the source has no such images.
         seed: of the choice of the images held out.
+        exclude: a file with the names of images and shards to leave out, one a line.
 
     Raises:
-        FastsslError: nothing there, nothing readable, or an unknown name.
+        FastsslError: nothing there, nothing left, an unknown name, or a list of names that are not there.
+        DataError: a shard or a folder cannot be read; a list given as `exclude` may leave it out.
     """
     if not 0 <= holdout < 1:
         raise FastsslError(f"holdout must be at least 0 and below 1, got {holdout}")
-    if data == "embedded":
-        source = embedded()
-    elif is_named(data):
-        source = cifar(*data.split(":", 1))
+    if data.startswith("s3://"):
+        if holdout:
+            raise FastsslError("--holdout is not for s3://, which is read in long runs and not here and there")
+        excluded = Exclusions(None if exclude is None else Path(exclude), "")
+        source = Source(data, RemoteShards(expand(data), excluded), None)
+        excluded.check(data)
+        return source
+    if is_named(data):
+        if exclude is not None:
+            raise FastsslError(f"--exclude is for folders and shards of images, and the data are {data}")
+        source = embedded() if data == "embedded" else cifar(*data.split(":", 1))
     else:
-        source = folder(Path(data))
+        source = _stored_source(data, None if exclude is None else Path(exclude))
     if source.test is None and holdout:
         source = _hold_out(source, holdout, seed)
     return source
+
+
+def _stored_source(data: str, exclude: Path | None) -> Source:
+    excluded = Exclusions(exclude, root_of(data))
+    train, test = open_stored(data, excluded, refuse)
+    excluded.check(data)
+    for images in (train, test):
+        if images is not None and not len(images):
+            raise FastsslError(
+                f"'{exclude}' leaves no images of '{data}'"
+                if exclude
+                else f"no images in '{data}': looked for {', '.join(EXTENSIONS)}, sub-folders and shards too"
+            )
+    if test is not None and test.classes != train.classes:
+        raise FastsslError(f"the two parts of '{data}', train and val or test, need the same class folders, and differ")
+    return Source(data, train, test)
+
+
+def open_stored(data: str, excluded: Exclusions, report: Report) -> tuple[StoredImages, StoredImages | None]:
+    """The images to train on, and those held out if there are any; either may be empty.
+
+    A folder may hold `train` and `val` (or `test`), each with images or shards; or shards and no images (if their
+    names begin with train and val or test, they are told apart by that); or sub-folders by class; or images
+    without labels.
+
+    Args:
+        data: a folder or shards.
+        excluded: what to leave out.
+        report: gets what cannot be read, without decoding anything.
+    """
+    found = shards.named(data)
+    if found is None:
+        records = data.startswith(shards.RECORD_PREFIX)
+        root = Path(data.removeprefix(shards.RECORD_PREFIX))
+        if not root.exists():
+            raise FastsslError(f"there is no folder '{root}': data is {KINDS}")
+        if not root.is_dir():
+            raise FastsslError(f"'{root}' is a file: data is {KINDS}")
+        for name in ("val", "test"):
+            if (root / "train").is_dir() and (root / name).is_dir():
+                train, test = (_part(root / n, records, excluded, report) for n in ("train", name))
+                return train, test
+        if (root / "train").is_dir():
+            return _part(root / "train", records, excluded, report), None
+        found = _shards_instead_of_images(root, records)
+    if found:
+        train_shards, test_shards = shards.split(found)
+        train = shards.read(train_shards, excluded, report)
+        return train, shards.read(test_shards, excluded, report) if test_shards else None
+    return find(root, excluded, report), None
+
+
+def _part(root: Path, records: bool, excluded: Exclusions, report: Report) -> StoredImages:
+    """All that lies in a folder `train`, `val` or `test`."""
+    if found := _shards_instead_of_images(root, records):
+        return shards.read(found, excluded, report)
+    return find(root, excluded, report)
+
+
+def _shards_instead_of_images(root: Path, records: bool) -> shards.Shards:
+    """The shards in a folder unless images lie in it too: those may be what an archive beside them was unpacked to."""
+    found = shards.within(root, records)
+    return found if found and (records or not len(find(root, Exclusions(), lambda name, reason: None))) else []
+
+
+def root_of(data: str) -> str:
+    """The folder that names in a list of exclusions may be relative to."""
+    data = data.removeprefix(shards.RECORD_PREFIX)
+    return data if os.path.isdir(data) else os.path.dirname(data)
 
 
 def embedded() -> Source:
@@ -125,77 +208,33 @@ def cifar(name: str, root: str = "") -> Source:
     return Source(name, *splits)
 
 
-def folder(root: Path) -> Source:
-    """A folder of images: with `train` and `val`/`test` folders, sub-folders by class, or flat and unlabelled."""
-    if not root.exists():
-        raise FastsslError(f"there is no folder '{root}': data is a folder of images, embedded, cifar10 or cifar100")
-    if not root.is_dir():
-        raise FastsslError(f"'{root}' is a file: data is a folder of images, embedded, cifar10 or cifar100")
-    if not (root / "train").is_dir():
-        return Source(str(root), _scan(root), None)
-    train = _scan(root / "train")
-    for name in ("val", "test"):
-        if (root / name).is_dir():
-            test = _scan(root / name)
-            if test.classes != train.classes:
-                raise FastsslError(f"'{root}/train' and '{root}/{name}' need the same class folders, and differ")
-            return Source(str(root), train, test)
-    return Source(str(root), train, None)
-
-
-def _scan(root: Path) -> FolderImages:
-    """Find the images below `root`; sub-folders of the first level that hold images are the classes."""
-    files, seen = [], set()
-    for folder, folders, names in os.walk(root, followlinks=True):
-        if (real := os.path.realpath(folder)) in seen:  # a link back up, or twice to the same folder
-            folders.clear()
-            continue
-        seen.add(real)
-        files += [Path(folder) / n for n in names if n.lower().endswith(EXTENSIONS) and not n.startswith(".")]
-    files.sort()
-    if not files:
-        raise FastsslError(f"no images in '{root}': looked for {', '.join(EXTENSIONS)} in it and its sub-folders")
-    parts = [path.relative_to(root).parts for path in files]
-    if any(len(p) == 1 for p in parts):  # some images lie directly in the folder: unlabelled
-        return FolderImages(tuple(files), None)
-    classes = tuple(sorted({p[0] for p in parts}))
-    index = {name: label for label, name in enumerate(classes)}
-    return FolderImages(tuple(files), torch.tensor([index[p[0]] for p in parts]), classes)
-
-
-def read_image(path: Path) -> Image.Image:
-    """Decode one image file to RGB.
+def load_image(images: Images, index: int) -> Image.Image:
+    """Image `index` in RGB.
 
     Raises:
-        DataError: the file cannot be decoded; the message names it.
+        DataError: it cannot be read or decoded; the message names it.
     """
-    try:
-        with Image.open(path) as image:
-            if image.mode.startswith("I;16"):  # PIL would clip 16 bits to white
-                return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8)).convert("RGB")
-            return image.convert("RGB")
-    except (OSError, SyntaxError, ValueError, UnidentifiedImageError, Image.DecompressionBombError) as error:
-        reason = " ".join(str(error).split()) or type(error).__name__
-        raise DataError(f"cannot read the image '{path}' ({reason}): repair it or remove it") from None
+    if isinstance(images, ArrayImages):
+        return Image.fromarray(images.pixels[index].permute(1, 2, 0).numpy())
+    return decode(images.read(index), images.name(index))
 
 
 def in_memory(images: Images) -> Images:
-    """Hold a folder of equal-sized images in memory if it fits below MEMORY_LIMIT; else leave it on disk.
+    """Hold stored images of equal size in memory if it fits below MEMORY_LIMIT; else leave it on disk.
 
-    Looks at one image after another and stops at the first of another size, so large folders cost nothing.
+    Looks at one image after another and stops at the first of another size, so large sets cost nothing.
 
     Raises:
         FastsslError: an image cannot be read.
     """
-    if isinstance(images, ArrayImages):
+    if isinstance(images, (ArrayImages, RemoteShards, RemoteImages)):
         return images
-    with_first = read_image(images.paths[0])
-    width, height = with_first.size
+    width, height = load_image(images, 0).size
     if 3 * width * height * len(images) > MEMORY_LIMIT:
         return images
     pixels = np.empty((len(images), height, width, 3), np.uint8)
-    for index, path in enumerate(images.paths):
-        image = read_image(path)
+    for index in range(len(images)):
+        image = load_image(images, index)
         if image.size != (width, height):
             return images
         pixels[index] = np.asarray(image)

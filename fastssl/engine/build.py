@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from fastssl.data.augmentation import Augmentation
-from fastssl.data.loader import mixed_seed
+from fastssl.data.order import mixed_seed
 from fastssl.data.sources import Source, in_memory, open_source
 from fastssl.engine.config import Config, MoCoConfig
 from fastssl.errors import FastsslError
@@ -63,8 +63,6 @@ def build_source(config: Config, augmentation: Augmentation) -> Source:
         raise FastsslError(
             f"{config.method} takes two views, augmentation '{config.augmentation}' has {len(augmentation.views)}"
         )
-    source = open_source(config.data, config.holdout, config.seed)
-    if config.loader == "torchvision":
-        return source
+    source = open_source(config.data, config.holdout, config.seed, config.exclude)
     test = None if source.test is None else in_memory(source.test)
     return Source(source.name, in_memory(source.train), test)

@@ -12,8 +12,8 @@ from fastssl.engine.config import IDENTITY, PLACE, Config, to_dict
 from fastssl.errors import FastsslError
 from fastssl.files import atomic_write
 
-FORMAT = 1  # raised when an older reader could not understand the file
-KEYS = {"format", "method", "config", "model", "optimizer", "step", "total_steps", "images", "rng"}
+FORMAT = 2  # raised when an older reader could not understand the file
+KEYS = {"format", "method", "config", "model", "optimizer", "step", "total_steps", "data", "rng"}
 
 
 def save(path: Path, state: Mapping[str, Any]) -> None:
@@ -67,6 +67,35 @@ def check_fits(path: Path, state: Mapping[str, Any], config: Config) -> None:
         if name in IDENTITY or name in PLACE:
             raise FastsslError(
                 f"'{path}' was trained with {name} {there}, here it is {here}: use --{name} {there}, or a new --output"
+            )
+
+
+def check_data(path: Path, there: Mapping[str, Any], here: Mapping[str, Any]) -> None:
+    """Refuse a checkpoint that was trained on other images or other views of them: its place in the data is void.
+
+    Args:
+        path: of the checkpoint.
+        there: its `fastssl.data.identity` and executor.
+        here: the same of this run.
+
+    Raises:
+        FastsslError: naming the first difference and how to proceed.
+    """
+    anew = "or start anew with another --output"
+    if there["images"] != here["images"]:
+        raise FastsslError(
+            f"'{path}' was trained on {there['images']} images, there are {here['images']} now: bring those images "
+            f"back, {anew}"
+        )
+    if there["names"] != here["names"]:
+        raise FastsslError(f"'{path}' was trained on as many images, but not on these: bring those images back, {anew}")
+    if there["views"] != here["views"]:
+        raise FastsslError(f"'{path}' was trained with another augmentation: bring that one back, {anew}")
+    for option in ("loader", "color"):
+        if there.get(option) != here.get(option):
+            raise FastsslError(
+                f"'{path}' was trained with --{option} {there.get(option)}, which makes other views from the same seed "
+                f"than {here.get(option)}: use --{option} {there.get(option)}, {anew}"
             )
 
 

@@ -77,10 +77,18 @@ class RunOptions:
     """Keep images and convolutions in channels_last order."""
     compile: bool = False
     """Compile the networks with torch.compile: a minute at the start, faster steps."""
-    loader: Literal["auto", "batched", "torchvision"] = "auto"
-    """Augment whole batches of images in memory, or image by image with torchvision; auto: what the data allows."""
+    exclude: str | None = None
+    """File with the names of images to leave out, as `python -m fastssl.data scan` writes it."""
+    loader: Literal["auto", "dali", "torchvision"] = "auto"
+    """Make the views with NVIDIA DALI, or image by image with torchvision; auto: with DALI where it is installed."""
+    color: Literal["exact", "dali"] = "exact"
+    """With DALI: colours exactly as torchvision and PIL change them (a fused op), or DALI's own approximation."""
     workers: int | None = None
-    """Processes that decode and augment files. Default: one a core, at most 8 (torchvision loader only)."""
+    """Threads (DALI) or processes (torchvision) that read, decode and augment. Default: one a core, at most 8."""
+    prefetch: int = 2
+    """Batches made ahead."""
+    last_batch: Literal["drop", "fill"] = "drop"
+    """Images that do not fill a last batch: left out until the next epoch's order, or filled up with its first ones."""
     checkpoint_steps: int = 0
     """Steps between checkpoints; 0: at the end of every epoch only."""
     keep_checkpoints: int = 2
@@ -158,12 +166,12 @@ CONFIGS: dict[str, type[MoCoConfig] | type[BYOLConfig]] = {"moco": MoCoConfig, "
 
 # What must be the same for a checkpoint to be loaded at all, and for its place in the data to mean anything.
 IDENTITY = ("backbone", "small_images", "dim", "queue_size", "head", "bn_splits", "projection_dim", "hidden_dim")
-PLACE = ("batch_size", "optimizer", "decay_norm_and_bias", "seed", "data", "holdout")
+PLACE = ("batch_size", "optimizer", "decay_norm_and_bias", "seed", "data", "holdout", "last_batch")
 LEAST = {
     "batch_size": 1, "epochs": 0, "steps": 1, "lr": 0, "lr_batch": 1, "optimizer_momentum": 0, "weight_decay": 0,
     "lars_eta": 0, "lr_gamma": 0, "lr_decay_steps": 1, "warmup_epochs": 0, "seed": 0, "gpus": 0, "workers": 0,
-    "checkpoint_steps": 0, "keep_checkpoints": 1, "log_steps": 1, "knn_epochs": 0, "knn_k": 1, "knn_images": 1,
-    "dim": 1, "queue_size": 1, "bn_splits": 1, "projection_dim": 1, "hidden_dim": 1,
+    "prefetch": 1, "checkpoint_steps": 0, "keep_checkpoints": 1, "log_steps": 1, "knn_epochs": 0, "knn_k": 1,
+    "knn_images": 1, "dim": 1, "queue_size": 1, "bn_splits": 1, "projection_dim": 1, "hidden_dim": 1,
 }  # fmt: skip
 
 

@@ -10,9 +10,12 @@ import torch
 from torch import Tensor, nn
 
 from fastssl.data import augmentation as aug
-from fastssl.data.loader import Loader, make_loader, mixed_seed
+from fastssl.data.identity import identity
+from fastssl.data.loader import Loader, make_loader
+from fastssl.data.loading import Loading
+from fastssl.data.order import mixed_seed
 from fastssl.engine.build import build_method, build_source, load_weights
-from fastssl.engine.checkpoint import changes, check_fits, load
+from fastssl.engine.checkpoint import changes, check_data, check_fits, load
 from fastssl.engine.config import Config, check, to_dict, to_yaml
 from fastssl.engine.device import autocast_dtype, keep_freed_memory, select_device
 from fastssl.engine.interrupt import Interrupt
@@ -45,15 +48,17 @@ class Trainer:
             keep_freed_memory()
         torch.backends.cudnn.benchmark = True
         augmentation = aug.load(config.augmentation)
-        workers = min(8, torch.get_num_threads()) if config.workers is None else config.workers
-        source = build_source(config, augmentation)
-        self.loader: Loader = make_loader(
-            source.train, augmentation, config.batch_size,
-            kind=config.loader, device=self.device, workers=workers, seed=config.seed,
+        loading = Loading(
+            config.loader, config.color, self.device,
+            workers=min(8, torch.get_num_threads()) if config.workers is None else config.workers,
+            prefetch=config.prefetch, seed=config.seed, last_batch=config.last_batch,
         )  # fmt: skip
+        source = build_source(config, augmentation)
+        self.loader: Loader = make_loader(source.train, augmentation, config.batch_size, loading)
+        self.data = {**identity(source.train, augmentation), **self.loader.executor}
         self.evaluator = Evaluator(
             source, augmentation, self.device, self.dtype, k=config.knn_k, temperature=config.knn_temperature,
-            bank_images=config.knn_images, workers=workers, seed=config.seed,
+            bank_images=config.knn_images, loading=loading,
         )  # fmt: skip
         self.total_steps = config.steps or max(1, round(config.epochs * len(self.loader)))
         if config.warmup_epochs * len(self.loader) >= self.total_steps:
@@ -88,12 +93,6 @@ class Trainer:
                 except DataError:
                     self._save(log, last=False)
                     raise
-                except RuntimeError as error:
-                    if interrupt.requested is None or "DataLoader worker" not in str(error):
-                        raise
-                    # A SIGTERM to all processes ended the workers, perhaps in mid-step: nothing new can be saved.
-                    log.say(f"{interrupt.requested.name}: ended with its workers; {self._last_checkpoint()}")
-                    return 128 + interrupt.requested.value
             if interrupt.requested:
                 path = self.run.checkpoints.save(self._state())
                 log.say(
@@ -207,7 +206,8 @@ class Trainer:
             images += f", {len(source.test):,} held out"
         log.say(
             f"{self.config.method} with {self.config.backbone} on {source.name}: {images}, "
-            f"{self.total_steps} steps of {self.config.batch_size} on {self.device} in {self.dtype or torch.float32}"
+            f"{self.total_steps} steps of {self.config.batch_size} on {self.device} in {self.dtype or torch.float32}, "
+            f"views by {self.loader.executor['loader']}"
         )
         log.say(f"run folder: {self.run.path}")
         if self.config.knn_epochs and self.evaluator.cannot_knn:
@@ -225,7 +225,7 @@ class Trainer:
         return {
             "method": self.config.method, "config": to_dict(self.config), "model": self.method.state_dict(),
             "optimizer": self.optimizer.state_dict(), "step": self.step, "total_steps": self.total_steps,
-            "seconds": self.seconds, "images": len(self.evaluator.source.train), "rng": rng,
+            "seconds": self.seconds, "data": self.data, "rng": rng,
         }  # fmt: skip
 
     def _resume(self) -> None:
@@ -242,12 +242,7 @@ class Trainer:
             path = Path(self.config.resume)
             state = load(path)
         check_fits(path, state, self.config)
-        images = len(self.evaluator.source.train)
-        if state["images"] != images:
-            raise FastsslError(
-                f"'{path}' was trained on {state['images']} images of '{self.config.data}', there are {images} now: "
-                "bring those images back, or start anew with another --output"
-            )
+        check_data(path, state["data"], self.data)
         self._restore(state)
         self.notes.append((f"resumed from {path} at step {self.step}", False))
         for name, (there, here) in changes(state, self.config).items():

@@ -1,12 +1,13 @@
 """The two measures of a backbone on a source's held-out images, during training and after."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor, nn
 
 from fastssl.data.augmentation import Augmentation, View
 from fastssl.data.loader import view_batches
+from fastssl.data.loading import Loading
 from fastssl.data.sources import Images, Source
 from fastssl.evaluation.features import extract, raw_pixels
 from fastssl.evaluation.knn import knn_accuracy
@@ -34,8 +35,7 @@ class Evaluator:
         dtype: to autocast to, or None.
         k, temperature: of the kNN's votes.
         bank_images: most training images in the bank.
-        workers: processes that decode files.
-        seed: of the choice of the bank and of the augmented views.
+        loading: how the views are made; its seed chooses the bank too.
     """
 
     source: Source
@@ -45,15 +45,14 @@ class Evaluator:
     k: int = 200
     temperature: float = 0.1
     bank_images: int = 50_000
-    workers: int = 0
-    seed: int = 0
+    loading: Loading = field(default_factory=Loading)
 
     @property
     def cannot_knn(self) -> str | None:
         """Why there is no kNN accuracy for this source, or None."""
         if self.source.test is None:
             return "no held-out images: give a folder with train/ and val/, or --holdout 0.1"
-        if self.source.train.labels is None or self.source.test.labels is None:
+        if self.source.train.subset(torch.tensor([0])).labels is None or self.source.test.labels is None:
             return "the images have no labels: sort them into a folder a class to see it"
         return None
 
@@ -64,11 +63,11 @@ class Evaluator:
     def knn(self, backbone: nn.Module | None) -> float | None:
         """Weighted kNN accuracy on the held-out images."""
         train, test = self.source.train, self.source.test
+        if len(train) > self.bank_images:  # before anybody asks for labels: TFRecords keep them beside the images
+            chosen = torch.randperm(len(train), generator=torch.Generator().manual_seed(self.loading.seed))
+            train = train.subset(chosen[: self.bank_images].sort().values)
         if train.labels is None or test is None or test.labels is None:
             return None
-        if len(train) > self.bank_images:
-            chosen = torch.randperm(len(train), generator=torch.Generator().manual_seed(self.seed))
-            train = train.subset(chosen[: self.bank_images].sort().values)
         view = self.augmentation.views[0].evaluation
         bank, queries = self.features(backbone, train, view), self.features(backbone, test, view)
         assert train.labels is not None
@@ -91,7 +90,8 @@ class Evaluator:
 
     def features(self, backbone: nn.Module | None, images: Images, view: View) -> Tensor:
         """Normalised features of one view of every image."""
-        batches = view_batches(images, view, 500, device=self.device, workers=self.workers, seed=self.seed)
+        loading = replace(self.loading, device=self.device, dtype=torch.float32)
+        batches = view_batches(images, view, 500, loading)
         if backbone is None:
             return raw_pixels(batches)
         autocast = None if self.dtype is None else torch.autocast(self.device.type, self.dtype)

@@ -10,12 +10,10 @@ from typing import Any
 import jinja2
 import matplotlib
 import torch
-from PIL import Image
 from rich.table import Table
 from torch import nn
-from torchvision.transforms.v2 import functional as tv
 
-from fastssl.data.sources import ArrayImages, Images, read_image
+from fastssl.data.sources import Images, load_image
 from fastssl.evaluation.evaluator import Evaluator, Measures
 from fastssl.files import write_text
 
@@ -77,15 +75,12 @@ def _cell(images: Images, index: int, query: int, score: str) -> Cell:
         return Cell(thumbnail(images, index), score, None)
     label = int(images.labels[index])
     correct = None if index == query else label == int(images.labels[query])
-    return Cell(thumbnail(images, index), score + images.classes[label], correct)
+    return Cell(thumbnail(images, index), score + (images.classes[label] if images.classes else str(label)), correct)
 
 
 def thumbnail(images: Images, index: int) -> str:
     """An image as a data URI, small ones as they are."""
-    if isinstance(images, ArrayImages):
-        image: Image.Image = tv.to_pil_image(images.pixels[index])
-    else:
-        image = read_image(images.paths[index])
+    image = load_image(images, index)
     image.thumbnail((THUMBNAIL, THUMBNAIL))
     buffer = io.BytesIO()
     image.save(buffer, "PNG")

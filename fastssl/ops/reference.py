@@ -3,12 +3,16 @@
 Inputs have been checked by the public op of the same name; what is written here is the formula.
 """
 
+from collections.abc import Callable
+
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
+from fastssl.ops import blur
 from fastssl.ops.deal import Deal, share
+from fastssl.ops.photometric import COLUMNS, JITTER_ORDERS, NEUTRAL, PHOTOMETRIC, GaussianBlur, Step
 
 HALF = (torch.float16, torch.bfloat16)
 Valid = tuple[int | Tensor, int | Tensor]
@@ -151,3 +155,105 @@ def world_size(group: dist.ProcessGroup | None) -> int:
 def rank(group: dist.ProcessGroup | None) -> int:
     """This process's rank in `group`; 0 when torch.distributed is not running."""
     return dist.get_rank(group) if dist.is_available() and dist.is_initialized() else 0
+
+
+@torch.no_grad()
+def augment_(
+    images: Tensor,
+    out: Tensor,
+    parameters: Tensor,
+    steps: tuple[Step, ...],
+    mean: tuple[float, ...],
+    std: tuple[float, ...],
+) -> None:
+    """Write (augmented images / 255 - mean) / std to `out`; in float64 if that is its dtype, else in float32.
+
+    Between the steps the values are whole numbers from 0 to 255, cut off where torchvision cuts them off.
+    """
+    x = images.permute(0, 3, 1, 2).to(torch.promote_types(out.dtype, torch.float32))  # N×3×H×W
+    columns = {name: column.to(x) for name, column in zip(COLUMNS, parameters.T, strict=True)}
+    for step in steps:
+        _STEPS[type(step)](step, x, columns)
+    centre, scale = (torch.tensor(values, dtype=x.dtype, device=x.device).view(3, 1, 1) for values in (mean, std))
+    out.copy_((x / 255 - centre) / scale)
+
+
+def _change(x: Tensor, chosen: Tensor, function: Callable[..., Tensor], *parameters: Tensor) -> None:
+    """Replace the chosen images by `function` of them and of their parameters."""
+    rows = chosen.nonzero().flatten()
+    x[rows] = function(x[rows], *(values[rows].view(-1, 1, 1, 1) for values in parameters))
+
+
+def _color_jitter(step: Step, x: Tensor, columns: dict[str, Tensor]) -> None:
+    order = torch.tensor(JITTER_ORDERS, device=x.device)[columns["order"].long()]  # N×4
+    for position in range(4):
+        for part, (name, adjust) in enumerate(_JITTER.items()):
+            _change(x, (order[:, position] == part) & (columns[name] != _NEUTRAL[name]), adjust, columns[name])
+
+
+def _blend(x: Tensor, other: Tensor | float, factor: Tensor) -> Tensor:
+    return (x * factor + other * (1 - factor)).clamp(0, 255).floor()
+
+
+def _luma(x: Tensor) -> Tensor:
+    r, g, b = x.split(1, dim=1)
+    return (0.2989 * r + 0.587 * g + 0.114 * b).floor()
+
+
+def _hue(x: Tensor, turn: Tensor) -> Tensor:
+    """Turn the hue in HSV by `turn` of a circle; value and chroma stay."""
+    r, g, b = x.split(1, dim=1)
+    value = x.amax(1, keepdim=True)
+    chroma = value - x.amin(1, keepdim=True)
+    safe = torch.where(chroma > 0, chroma, 1.0)
+    sector = torch.where(value == r, (g - b) / safe, torch.where(value == g, (b - r) / safe + 2, (r - g) / safe + 4))
+    # HSV to RGB in one formula: channel(n) = V - C·max(0, min(k, 4-k, 1)), k = (n + H) mod 6, n = 5, 3, 1.
+    n = torch.tensor([5.0, 3.0, 1.0], dtype=x.dtype, device=x.device).view(3, 1, 1)
+    k = (n + sector + 6 * turn).remainder(6)
+    turned = value - chroma * torch.minimum(k, 4 - k).clamp(0, 1)
+    return (turned * (255.999 / 255)).floor()  # torchvision's way from 0…1 to 0…255
+
+
+_JITTER: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "brightness": lambda x, factor: _blend(x, 0.0, factor),
+    "contrast": lambda x, factor: _blend(x, _luma(x).mean((1, 2, 3), keepdim=True), factor),
+    "saturation": lambda x, factor: _blend(x, _luma(x), factor),
+    "hue": _hue,
+}
+_NEUTRAL = dict(zip(COLUMNS, NEUTRAL, strict=True))
+
+
+def _grayscale(step: Step, x: Tensor, columns: dict[str, Tensor]) -> None:
+    _change(x, columns["grayscale"] > 0, lambda x: _luma(x).expand_as(x))
+
+
+def _gaussian_blur(step: Step, x: Tensor, columns: dict[str, Tensor]) -> None:
+    assert isinstance(step, GaussianBlur)
+
+    def blurred(x: Tensor, sigma: Tensor) -> Tensor:
+        rows, lines = (blur.matrix(step, sigma.flatten(), side, blur.reach(step)).to(x) for side in x.shape[2:])
+        return (rows.unsqueeze(1) @ x @ lines.mT.unsqueeze(1) + 0.5).floor()
+
+    _change(x, columns["sigma"] > 0, blurred, columns["sigma"])
+
+
+def _solarize(step: Step, x: Tensor, columns: dict[str, Tensor]) -> None:
+    threshold = columns["threshold"]
+    _change(x, threshold <= 1, lambda x, threshold: torch.where(x >= 255 * threshold, 255 - x, x), threshold)
+
+
+def _random_erasing(step: Step, x: Tensor, columns: dict[str, Tensor]) -> None:
+    row = torch.arange(x.shape[2], device=x.device).view(-1, 1)
+    column = torch.arange(x.shape[3], device=x.device)
+
+    def erased(x: Tensor, top: Tensor, left: Tensor, height: Tensor, width: Tensor) -> Tensor:
+        inside = (row >= top) & (row < top + height) & (column >= left) & (column < left + width)
+        return x.masked_fill(inside, 0.0)
+
+    box = [columns[name] for name in ("top", "left", "height", "width")]
+    _change(x, columns["height"] > 0, erased, *box)
+
+
+_STEPS: dict[type[Step], Callable[[Step, Tensor, dict[str, Tensor]], None]] = dict(
+    zip(PHOTOMETRIC, (_color_jitter, _grayscale, _gaussian_blur, _solarize, _random_erasing), strict=True)
+)

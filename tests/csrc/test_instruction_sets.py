@@ -23,7 +23,10 @@ def test_the_extension_is_there_where_it_can_be_built() -> None:
 
 CHECK = """
 import torch
-from fastssl.ops import info_nce, normalized_mse, use_backend
+from fastssl.ops import (
+    ColorJitter, GaussianBlur, Grayscale, RandomErasing, Solarize, augment_, info_nce, normalized_mse, use_backend
+)
+from fastssl.ops.photometric import draw
 
 from fastssl import _extension
 
@@ -45,6 +48,14 @@ for dtype, tolerance in ((torch.float32, 1e-5), (torch.bfloat16, 2e-2)):
             for a, b, x in zip(results, expected, [torch.ones(1), *inputs]):
                 scale = b.abs() + 5 / x.detach().double().norm(dim=-1, keepdim=True)
                 assert ((a - b).abs() <= tolerance * scale).all(), (dtype, n, m, d, (a - b).abs().max())
+steps = [ColorJitter(1, 1, 1, 0.5), Grayscale(0.3), GaussianBlur(p=0.5), Solarize(p=0.3), RandomErasing()]
+for size in ((1, 1), (7, 5), (40, 33), (16, 128)):
+    images, parameters = torch.randint(256, (20, *size, 3), dtype=torch.uint8), draw(steps, 20, size)
+    for dtype, tolerance in ((torch.float32, 1e-5), (torch.bfloat16, 8e-3), (torch.float16, 1e-3)):
+        native = augment_(images.clone(), steps, parameters, dtype=dtype)
+        with use_backend("reference"):
+            off = (native - augment_(images.clone(), steps, parameters)).abs() > tolerance * (1 + native.abs())
+        assert off.float().mean() < 0.01, (size, dtype, off.float().mean())
 """
 
 

@@ -108,7 +108,7 @@ def test_the_ops_tests_pass_instrumented(instrumented: dict[str, str]) -> None:
     # Left out are those that mostly wait for torch's own compiler, and the long sequences. A new op's tests are added
     # here.
     command = [sys.executable, "-m", "pytest", "-qx", "-p", f"{PACKAGE}.instrumented", "-p", "no:cacheprovider"]
-    command += [f"tests/ops/test_{name}.py" for name in ("library", "ema", "queue", "shuffle")]
+    command += [f"tests/ops/test_{name}.py" for name in ("library", "ema", "queue", "shuffle", "augment_native")]
     command += ["-k", "native and not compile and not opcheck and not deque"]
     result = run(command, instrumented)
     assert result.returncode == 0, result.stdout[-8000:]

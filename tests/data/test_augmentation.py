@@ -4,11 +4,13 @@ from pathlib import Path
 
 import pytest
 
+from fastssl import ops
 from fastssl.data import augmentation as aug
 from fastssl.errors import FastsslError
+from fastssl.ops.photometric import Step
 
 
-def step(view: aug.View, kind: type[aug.Step]) -> aug.Step:
+def step(view: aug.View, kind: type[Step]) -> aug.Step:
     [found] = [s for s in view.steps if isinstance(s, kind)]
     return found
 
@@ -20,8 +22,8 @@ def test_moco_v1_is_the_published_one() -> None:
         224,
         (
             aug.RandomResizedCrop((0.2, 1.0)),
-            aug.Grayscale(0.2),
-            aug.ColorJitter(0.4, 0.4, 0.4, 0.4, p=1.0),
+            ops.Grayscale(0.2),
+            ops.ColorJitter(0.4, 0.4, 0.4, 0.4, p=1.0),
             aug.HorizontalFlip(0.5),
         ),
     )
@@ -32,9 +34,9 @@ def test_moco_v2_is_the_published_one() -> None:
     assert one == other
     assert one.steps == (
         aug.RandomResizedCrop((0.2, 1.0)),
-        aug.ColorJitter(0.4, 0.4, 0.4, 0.1, p=0.8),
-        aug.Grayscale(0.2),
-        aug.GaussianBlur((0.1, 2.0), kernel_size=0, p=0.5),
+        ops.ColorJitter(0.4, 0.4, 0.4, 0.1, p=0.8),
+        ops.Grayscale(0.2),
+        ops.GaussianBlur((0.1, 2.0), kernel_size=0, p=0.5),
         aug.HorizontalFlip(0.5),
     )
 
@@ -44,11 +46,11 @@ def test_byol_is_the_published_one() -> None:
     common = (
         aug.RandomResizedCrop((0.08, 1.0), interpolation="bicubic"),
         aug.HorizontalFlip(0.5),
-        aug.ColorJitter(0.4, 0.4, 0.2, 0.1, p=0.8),
-        aug.Grayscale(0.2),
+        ops.ColorJitter(0.4, 0.4, 0.2, 0.1, p=0.8),
+        ops.Grayscale(0.2),
     )
-    assert t.steps == (*common, aug.GaussianBlur((0.1, 2.0), kernel_size=23, p=1.0))
-    assert t_prime.steps == (*common, aug.GaussianBlur((0.1, 2.0), kernel_size=23, p=0.1), aug.Solarize(0.5, p=0.2))
+    assert t.steps == (*common, ops.GaussianBlur((0.1, 2.0), kernel_size=23, p=1.0))
+    assert t_prime.steps == (*common, ops.GaussianBlur((0.1, 2.0), kernel_size=23, p=0.1), ops.Solarize(0.5, p=0.2))
 
 
 @pytest.mark.parametrize("name", aug.names())

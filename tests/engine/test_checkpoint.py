@@ -14,7 +14,7 @@ from fastssl.errors import FastsslError
 
 def state(step: int = 1, **values: Any) -> dict[str, Any]:
     base = {"method": "moco", "config": to_dict(MoCoConfig()), "model": {"w": torch.ones(3)}, "optimizer": {}}
-    return {**base, "step": step, "total_steps": 9, "images": 5, "rng": {}, **values}
+    return {**base, "step": step, "total_steps": 9, "data": {}, "rng": {}, **values}
 
 
 def test_round_trip(tmp_path: Path) -> None:

@@ -15,16 +15,17 @@ allocated: list[tuple[Tensor, int]] = []
 
 def fill(dtype: torch.dtype) -> float | int:
     """A value that spoils whatever is computed with it."""
-    return math.nan if dtype.is_floating_point else 2**30
+    return math.nan if dtype.is_floating_point else min(2**30, torch.iinfo(dtype).max)
 
 
 def new_empty(self: Tensor, *size: Any, dtype: torch.dtype | None = None, **others: Any) -> Tensor:
-    """Tensor.new_empty, but fenced and full of NaN."""
+    """Tensor.new_empty, but fenced and full of NaN, or of what `fill` says."""
     if others:  # the interpreter's own
         return plain_new_empty(self, *size, dtype=dtype, **others)
     shape = size[0] if size and not isinstance(size[0], int) else size
     count = math.prod(shape)
-    buffer = torch.full((count + 2 * FENCE,), math.nan, dtype=dtype or self.dtype, device=self.device)
+    dtype = dtype or self.dtype
+    buffer = torch.full((count + 2 * FENCE,), fill(dtype), dtype=dtype, device=self.device)
     allocated.append((buffer, count))
     return buffer[FENCE : FENCE + count].view(*shape)
 
@@ -32,9 +33,14 @@ def new_empty(self: Tensor, *size: Any, dtype: torch.dtype | None = None, **othe
 def check() -> None:
     """Every fence since the last call still stands."""
     for buffer, count in allocated:
-        assert buffer[:FENCE].isnan().all(), "written before the beginning of an output"
-        assert buffer[FENCE + count :].isnan().all(), "written behind the end of an output"
+        assert untouched(buffer[:FENCE]), "written before the beginning of an output"
+        assert untouched(buffer[FENCE + count :]), "written behind the end of an output"
     allocated.clear()
+
+
+def untouched(fence: Tensor) -> bool:
+    """Whether it is still full of what `fill` says."""
+    return bool((fence.isnan() if fence.is_floating_point() else fence == fill(fence.dtype)).all())
 
 
 def dense(x: Tensor) -> Tensor:

@@ -69,6 +69,7 @@ def test_a_good_kernel_passes() -> None:
         ({"matrix": {}}, "no matrix instruction"),
         ({"matrix": {}, "name": "negatives fp16 64"}, "no matrix instruction"),
         ({"matrix": {}, "name": "split tf32x3 64"}, "no matrix instruction"),
+        ({"matrix": {}, "name": "augment_blur bf16 byol"}, "no matrix instruction"),
         ({"matrix": {}, "name": "ema_update 92", "stack": 8}, "8 bytes of stack"),
         ({"matrix": {"HMMA.16816.F32.BF16": 64}}, "no matrix instruction HGMMA"),
         ({"shared": 227 * 1024 + 1}, "of shared memory"),
@@ -130,6 +131,19 @@ def test_an_enqueue_moves_keys_and_as_many_rows() -> None:
     for row in rows:
         size = 4 if row["shape"].endswith("fp32") else 2
         assert row["least_bytes"] == row["device_bytes"] == 256 * 128 * 2 * size + 8 + 8 + 4
+
+
+def test_an_augmentation_reads_bytes_and_writes_bfloat16() -> None:
+    rows = report()["augmentations"]
+    assert len(rows) == 4 * len(roofline.AUGMENTATIONS)
+    for row in rows:
+        values = 256 * 224 * 224 * 3
+        assert row["least_bytes"] == values * (1 + 2)
+        tables = 2 * 256 * 23**2 * 4
+        # The bytes of images with a jitter again; those of blurred ones as float16 there and back; sums and tables.
+        most = row["least_bytes"] + values * (row["jittered"] + 4 * row["blurred"])
+        assert most <= row["device_bytes"] <= most + tables + 256 * 49 * 4
+        assert [launch["kernel"] for launch in row["launches"]] == ["augment_luma", "augment_color", "augment_blur"]
 
 
 def test_the_momentum_update_is_that_of_torchvisions_resnet_50() -> None:

@@ -5,7 +5,22 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from fastssl.ops import KeyQueue, ema_update_, info_nce, normalized_mse, shuffle_batch, unshuffle_batch, use_backend
+from fastssl.ops import (
+    ColorJitter,
+    GaussianBlur,
+    Grayscale,
+    KeyQueue,
+    RandomErasing,
+    Solarize,
+    augment_,
+    ema_update_,
+    info_nce,
+    normalized_mse,
+    shuffle_batch,
+    unshuffle_batch,
+    use_backend,
+)
+from fastssl.ops.photometric import COLUMNS, Step
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # N, M and D around the kernels' panels of 32, their tiles of keys and their vectors, with whole ones and with rests.
@@ -75,12 +90,31 @@ def exercise_shuffle(n: int, m: int, d: int, dtype: torch.dtype) -> None:
             unshuffle_batch(shuffled, handle)
 
 
+def exercise_augment(n: int, m: int, d: int, dtype: torch.dtype) -> None:
+    jitter: Step = ColorJitter(1, 1, 1, 0.5)
+    rest: list[Step] = [Grayscale(0.3), Solarize(p=0.5), RandomErasing((0.1, 0.9), p=0.8)]
+    for height, width in ((m, d), (d, m)):
+        blurs = [GaussianBlur((0.1, largest), p=0.8) for largest in (0.5, 2.0, 9.0)]
+        blurs += [GaussianBlur(kernel_size=taps) for taps in (3, 23) if taps // 2 < min(m, d)]
+        recipes: list[list[Step]] = [[], [jitter], [blurs[0]]]
+        recipes += [[jitter, *rest[:1], blur, *rest[1:]] for blur in blurs]
+        for steps in recipes:
+            for order in (steps, steps[::-1]):
+                images = torch.randint(256, (n % 7 + 1, height, width, 3), dtype=torch.uint8)
+                augment_(images, order, dtype=dtype)
+        for value in (torch.nan, torch.inf, -torch.inf, 1e9):
+            wild = torch.full((1, len(COLUMNS)), value)
+            wild[:, COLUMNS.index("sigma")] = 1
+            augment_(images[:1], [jitter, *rest, blurs[1]], wild, dtype=dtype)
+
+
 EXERCISES = (
     exercise_info_nce,
     exercise_normalized_mse,
     exercise_ema_update,
     exercise_key_queue,
     exercise_shuffle,
+    exercise_augment,
 )  # a new op adds its own
 
 if __name__ == "__main__":

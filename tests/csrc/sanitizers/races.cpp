@@ -4,12 +4,14 @@
 #include <ATen/ATen.h>
 #include <ATen/Parallel.h>
 
+#include <algorithm>
 #include <cstdio>
 #include <exception>
 #include <optional>
 #include <thread>
 #include <vector>
 
+#include "ops/augment.h"
 #include "ops/ema_update.h"
 #include "ops/info_nce.h"
 #include "ops/key_queue.h"
@@ -78,6 +80,19 @@ void key_queue_of(const Shape& shape, at::ScalarType dtype) {
   }
 }
 
+// More images than threads, all steps, with random numbers as parameters and weights.
+void augment_of(const Shape& shape, at::ScalarType dtype) {
+  const int64_t count = shape.n % 13 + 1, height = shape.m % 64 + 1, width = shape.d % 64 + 1;
+  const Tensor images = at::randint(256, {count, height, width, 3}, at::kByte);
+  const Tensor out = at::empty({count, 3, height, width}, dtype).contiguous(at::MemoryFormat::ChannelsLast);
+  const int64_t rows = std::min<int64_t>(height, 13), columns = std::min<int64_t>(width, 7);
+  const std::vector<double> mean{.5, .5, .5}, std{.2, .2, .2};
+  for (const std::vector<int64_t>& steps : std::vector<std::vector<int64_t>>{{}, {0, 1, 2, 3, 4}, {4, 2, 0}}) {
+    fastssl::ops::augment_cpu(images, out, at::rand({count, 12}) * 20, at::rand({count, rows, rows}),
+                              at::rand({count, columns, columns}), steps, mean, std);
+  }
+}
+
 // Blocks of memory handed from thread to thread.
 void host_buffers() {
   std::vector<std::thread> threads;
@@ -99,6 +114,7 @@ void all_ops(const Shape& shape, at::ScalarType dtype) {
   normalized_mse_of(shape, dtype);
   ema_update_of(shape, dtype);
   key_queue_of(shape, dtype);
+  augment_of(shape, dtype);
 }
 
 }  // namespace

@@ -1,4 +1,4 @@
-"""Sources of images and the loaders over them."""
+"""Sources of images: named sets, folders, and what is held in memory."""
 
 import hashlib
 import shutil
@@ -9,9 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
-from fastssl.data import augmentation as aug
-from fastssl.data.loader import Loader, epoch_order, make_loader, view_batches
-from fastssl.data.sources import ArrayImages, FolderImages, Images, in_memory, open_source, read_image
+from fastssl.data.sources import ArrayImages, FolderImages, in_memory, load_image, open_source
 from fastssl.errors import FastsslError
 
 
@@ -89,13 +87,12 @@ def test_missing_and_empty_folders_are_named(tmp_path: Path) -> None:
 
 
 def test_sixteen_bits_are_scaled_and_odd_modes_converted(tmp_path: Path) -> None:
-    path = tmp_path / "deep.png"
-    Image.fromarray(np.full((4, 4), 0x8000, np.uint16)).save(path)
-    assert read_image(path).getpixel((0, 0)) == (128, 128, 128)
-    for mode in ("L", "LA", "P", "CMYK", "1"):
-        odd = tmp_path / f"{mode}.{'jpg' if mode == 'CMYK' else 'png'}"
-        Image.new(mode, (3, 3)).save(odd)
-        assert read_image(odd).mode == "RGB"
+    Image.fromarray(np.full((4, 4), 0x8000, np.uint16)).save(tmp_path / "0.png")
+    for number, mode in enumerate(("L", "LA", "P", "CMYK", "1"), 1):
+        Image.new(mode, (3, 3)).save(tmp_path / f"{number}.{'jpg' if mode == 'CMYK' else 'png'}")
+    images = open_source(str(tmp_path)).train
+    assert load_image(images, 0).getpixel((0, 0)) == (128, 128, 128)
+    assert [load_image(images, i).mode for i in range(6)] == ["RGB"] * 6
 
 
 def test_a_link_back_up_counts_nothing_twice(image_folder: Path) -> None:
@@ -118,65 +115,8 @@ def test_equal_sizes_are_held_in_memory_and_others_are_not(image_folder: Path) -
     assert in_memory(images) is images
 
 
-@pytest.mark.parametrize("kind", ["batched", "torchvision"])
-def test_a_corrupt_image_is_named(kind: str, image_folder: Path) -> None:
+def test_a_corrupt_image_that_was_to_be_held_in_memory_is_named(image_folder: Path) -> None:
     bad = image_folder / "train" / "cat" / "04.png"
     bad.write_bytes(bad.read_bytes()[:300])
-    images = open_source(str(image_folder)).train
     with pytest.raises(FastsslError, match=r"cannot read the image .*04\.png"):
-        if kind == "batched":
-            in_memory(images)
-        else:
-            list(make_loader(images, aug.load("demo"), 4, kind=kind, workers=1).batches(0))
-
-
-def loader(images: Images, kind: str, seed: int = 0, workers: int = 0) -> Loader:
-    return make_loader(images, aug.load("moco_v2_small"), 4, kind=kind, workers=workers, seed=seed)
-
-
-@pytest.mark.parametrize("kind", ["batched", "torchvision"])
-def test_a_resumed_epoch_goes_on_as_if_uninterrupted(kind: str, image_folder: Path) -> None:
-    images = in_memory(open_source(str(image_folder)).train)
-    whole = list(loader(images, kind).batches(epoch=1))
-    rest = list(loader(images, kind).batches(epoch=1, start=1))
-    assert len(whole) == 3
-    assert whole[0][0].shape == (4, 3, 32, 32)
-    for one, same in zip(whole[1:], rest, strict=True):
-        assert all(torch.equal(a, b) for a, b in zip(one, same, strict=True))
-    for other in (loader(images, kind, seed=1).batches(1), loader(images, kind).batches(2)):
-        assert not torch.equal(whole[0][0], next(iter(other))[0])
-
-
-def test_the_number_of_workers_changes_nothing(image_folder: Path) -> None:
-    images = open_source(str(image_folder)).train
-    alone, two = (list(loader(images, "torchvision", workers=w).batches(0)) for w in (0, 2))
-    assert all(torch.equal(a[0], b[0]) and torch.equal(a[1], b[1]) for a, b in zip(alone, two, strict=True))
-
-
-def test_both_views_of_an_image_differ(image_folder: Path) -> None:
-    for kind in ("batched", "torchvision"):
-        images = in_memory(open_source(str(image_folder)).train)
-        one, other = next(iter(loader(images, kind).batches(0)))
-        assert not torch.equal(one, other)
-
-
-def test_every_image_is_seen_once_an_epoch() -> None:
-    assert sorted(epoch_order(10, 0, 3).tolist()) == list(range(10))
-    assert epoch_order(10, 0, 3).tolist() != epoch_order(10, 0, 4).tolist()
-
-
-def test_evaluation_views_agree_between_memory_and_files(image_folder: Path) -> None:
-    images = open_source(str(image_folder)).train
-    view = aug.load("moco_v2_small").views[0].evaluation
-    cpu = torch.device("cpu")
-    files = torch.cat(list(view_batches(images, view, 5, device=cpu)))
-    memory = torch.cat(list(view_batches(in_memory(images), view, 5, device=cpu)))
-    assert torch.allclose(files, memory, atol=1e-6)
-
-
-def test_what_cannot_be_loaded_is_named(image_folder: Path) -> None:
-    images = open_source(str(image_folder)).train
-    with pytest.raises(FastsslError, match=r"batch_size 13 .* 12 training images"):
-        make_loader(images, aug.load("demo"), 13)
-    with pytest.raises(FastsslError, match="--loader torchvision"):
-        make_loader(images, aug.load("demo"), 4, kind="batched")
+        in_memory(open_source(str(image_folder)).train)

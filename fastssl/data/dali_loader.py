@@ -1,0 +1,199 @@
+"""Reads in threads, lets DALI decode, crop and flip, and `augment_` (or DALI) change the colours."""
+
+from collections import deque
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from nvidia.dali import types
+from torch import Tensor
+from torch.utils.dlpack import from_dlpack
+
+from fastssl.data import dali_graph, damaged, geometry
+from fastssl.data.augmentation import View
+from fastssl.data.damaged import Item
+from fastssl.data.loading import Loading
+from fastssl.data.order import Order, mixed_generator
+from fastssl.data.remote_shards import RemoteShards
+from fastssl.data.sources import ArrayImages, Images
+from fastssl.errors import DataError, FastsslError
+from fastssl.ops import augment_, photometric
+
+READERS = 16  # threads that wait for a disk, more than there are cores
+DTYPES = {torch.float32: types.FLOAT, torch.float16: types.FLOAT16}
+
+
+class _Batch(NamedTuple):
+    number: int
+    size: int
+    images: Any  # N×H×W×3 uint8; or a list of encoded images, or of futures of them
+    items: list[Item]  # the same by name, if they are encoded
+
+
+class DaliLoader:
+    """The views of a batch follow from (seed, epoch, batch, rank), whatever the number of threads; see `Loader`.
+
+    Args:
+        images: in memory or on disk.
+        views: the recipe.
+        order: which images come when.
+        options: see `Loading`.
+
+    Raises:
+        FastsslError: a step, or an option, that DALI cannot do.
+    """
+
+    def __init__(self, images: Images, views: tuple[View, ...], order: Order, options: Loading) -> None:
+        if options.color not in ("exact", "dali"):
+            raise FastsslError(f"color must be exact or dali, got {options.color!r}")
+        if options.color == "dali" and options.dtype not in DTYPES:
+            raise FastsslError(f"--color dali gives float32 or float16, not {options.dtype}: use --color exact")
+        self.images, self.views, self.order, self.options = images, views, order, options
+        self.geometric = [view.geometry for view in views]  # and DALI can do them
+        self.photometric = [view.photometric for view in views]
+        self._pixels = (
+            images.pixels.permute(0, 2, 3, 1).contiguous().numpy() if isinstance(images, ArrayImages) else None
+        )
+        self._pipeline: Any = self._build()  # which checks the arguments of all operators
+
+    def __len__(self) -> int:
+        return len(self.order)
+
+    @property
+    def executor(self) -> dict[str, str]:
+        """See `Loader`."""
+        return {"loader": "dali", "color": self.options.color}
+
+    def batches(self, epoch: int, start: int = 0) -> Iterator[list[Tensor]]:
+        """See `Loader`.
+
+        Raises:
+            DataError: images cannot be read; it names all of them in the batch.
+        """
+        self._pipeline = self._pipeline or self._build()
+        under_way: deque[_Batch] = deque()
+        readers = ThreadPoolExecutor(READERS)
+        try:
+            for batch in self._read(readers, epoch, start):
+                self._schedule(batch, epoch)
+                under_way.append(batch)
+                if len(under_way) > self.options.prefetch:
+                    yield self._take(under_way.popleft(), epoch)
+            while under_way:
+                yield self._take(under_way.popleft(), epoch)
+        finally:
+            readers.shutdown(cancel_futures=True)
+            self._drop(under_way)
+
+    def _build(self) -> Any:
+        options, gpu = self.options, self.options.device.type == "cuda"
+        return dali_graph.build(
+            self.views, self.order.batch_size, encoded=self._pixels is None, color=options.color,
+            on_gpu=gpu,
+            device_id=(options.device.index or 0) if gpu else None,
+            threads=max(1, options.workers), prefetch=options.prefetch + 1,
+            dtype=DTYPES.get(options.dtype, types.FLOAT),
+        )  # fmt: skip
+
+    def _read(self, readers: ThreadPoolExecutor, epoch: int, start: int) -> Iterator[_Batch]:
+        """The batches with their images; the files of the next ones are being read meanwhile."""
+        images, order = self.images, self.order
+        if isinstance(images, RemoteShards):
+            for number, batch in enumerate(
+                images.batches(
+                    epoch, start, batch_size=order.batch_size, seed=order.seed, rank=order.rank, world=order.world
+                ),
+                start,
+            ):
+                yield _Batch(number, len(batch), [e for _, e in batch], [(n, partial(bytes, e)) for n, e in batch])
+            return
+        ahead: deque[_Batch] = deque()
+        for number, chosen in order.batches(epoch, start):
+            if self._pixels is not None:
+                yield _Batch(number, len(chosen), self._pixels[chosen.numpy()], [])
+                continue
+            assert not isinstance(images, ArrayImages)
+            items: list[Item] = [(images.name(i), partial(images.read, i)) for i in chosen.tolist()]
+            ahead.append(_Batch(number, len(chosen), [readers.submit(read) for _, read in items], items))
+            if len(ahead) > self.options.prefetch:
+                yield ahead.popleft()
+        yield from ahead
+
+    def _schedule(self, batch: _Batch, epoch: int) -> None:
+        """Start a batch; DALI goes on with it in threads of its own."""
+        images = batch.images
+        if self._pixels is None:
+            images = self._encoded(batch)
+        feed = self._pipeline.feed_input
+        feed("images", images)
+        for number in range(len(self.views)):
+            if self.geometric[number]:
+                feed(f"geometry{number}", self._geometry(batch, epoch, number).numpy())
+            if self.photometric[number] and self.options.color == "dali":
+                feed(f"color{number}", self._colors(batch, epoch, number).numpy())
+        self._pipeline.schedule_run()
+
+    def _take(self, batch: _Batch, epoch: int) -> list[Tensor]:
+        """Wait for a batch, and make its views of what DALI gives: without a copy, on the stream that will use them."""
+        gpu = self.options.device.type == "cuda"
+        stream = {"cuda_stream": torch.cuda.current_stream(self.options.device).cuda_stream} if gpu else {}
+        try:
+            outputs = self._pipeline.share_outputs(**stream)
+        except RuntimeError as error:
+            self._pipeline = None  # DALI's pipelines do not survive an error
+            raise damaged.report(batch.items, error) from None
+        views = []
+        for number, (view, output) in enumerate(zip(self.views, outputs, strict=True)):
+            images = from_dlpack(output.as_tensor())  # N×H×W×3
+            if self.options.color == "dali":
+                views.append(images.permute(0, 3, 1, 2))
+                continue
+            parameters = self._colors(batch, epoch, number)
+            if gpu:
+                parameters = parameters.pin_memory()
+            views.append(
+                augment_(
+                    images, self.photometric[number], parameters, mean=view.mean, std=view.std, dtype=self.options.dtype
+                )
+            )
+        self._pipeline.release_outputs()
+        return views
+
+    def _drop(self, under_way: deque[_Batch]) -> None:
+        """Empty the pipeline for the next epoch, when this one ends before its time."""
+        while under_way and self._pipeline is not None:
+            under_way.popleft()
+            try:
+                self._pipeline.share_outputs()
+                self._pipeline.release_outputs()
+            except RuntimeError:
+                self._pipeline = None
+
+    def _geometry(self, batch: _Batch, epoch: int, view: int) -> Tensor:
+        generator = self.generator(batch.number, epoch, view, "geometry")
+        return geometry.draw(self.views[view], batch.size, generator)
+
+    def _colors(self, batch: _Batch, epoch: int, view: int) -> Tensor:
+        size = self.views[view].size
+        generator = self.generator(batch.number, epoch, view, "color")
+        return photometric.draw(self.photometric[view], batch.size, (size, size), generator)
+
+    def generator(self, number: int, epoch: int, view: int, purpose: str) -> torch.Generator:
+        """Where the parameters of a batch come from; `purpose` is "geometry" or "color"."""
+        return mixed_generator(self.options.seed, epoch, number, self.options.rank, view, purpose)
+
+    def _encoded(self, batch: _Batch) -> list[Any]:
+        """The encoded images of a batch, when they have been read.
+
+        Raises:
+            DataError: some cannot be read; it names all that are damaged.
+        """
+        if isinstance(self.images, RemoteShards):
+            return batch.images
+        try:
+            return [np.frombuffer(future.result(), np.uint8) for future in batch.images]
+        except DataError as error:
+            raise damaged.report(batch.items, error) from None

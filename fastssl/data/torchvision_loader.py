@@ -1,0 +1,115 @@
+"""Decodes and augments one image at a time with torchvision, in worker processes; needs nothing but torchvision."""
+
+import os
+import signal
+from collections.abc import Iterator
+from types import FrameType
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+from fastssl.data import per_image
+from fastssl.data.augmentation import View
+from fastssl.data.loading import Loading
+from fastssl.data.order import Order, mixed_seed
+from fastssl.data.sources import Images, load_image
+from fastssl.errors import FastsslError
+
+
+class TorchvisionLoader:
+    """The views of each image follow from (seed, epoch, image), whatever the number of workers; see `Loader`."""
+
+    def __init__(self, images: Images, views: tuple[View, ...], order: Order, options: Loading) -> None:
+        self.order, self.options = order, options
+        self._epoch = _Epoch()
+        self._loader = DataLoader(
+            _Views(images, views, options),
+            batch_sampler=self._epoch,
+            num_workers=options.workers,
+            prefetch_factor=options.prefetch if options.workers else None,
+            persistent_workers=options.workers > 0,
+            pin_memory=torch.cuda.is_available(),
+            worker_init_fn=_ignore_the_first_signal,
+            generator=torch.Generator(),  # its draws must not move torch's own random state
+            collate_fn=_collate,
+        )
+
+    def __len__(self) -> int:
+        return len(self.order)
+
+    def batches(self, epoch: int, start: int = 0) -> Iterator[list[Tensor]]:
+        """See `Loader`."""
+        self._epoch.samples = [
+            [(epoch, index) for index in batch.tolist()] for _, batch in self.order.batches(epoch, start)
+        ]
+        for batch in self._loader:
+            if isinstance(batch, FastsslError):
+                raise batch
+            yield [view.to(self.options.device, non_blocking=True) for view in batch]
+
+    @property
+    def executor(self) -> dict[str, str]:
+        """See `Loader`."""
+        return {"loader": "torchvision"}
+
+
+class _Epoch(Sampler[list[tuple[int, int]]]):
+    """A batch sampler whose content the loader sets before each epoch; the workers stay."""
+
+    def __init__(self) -> None:
+        self.samples: list[list[tuple[int, int]]] = []
+
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        return iter(self.samples)
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+
+Sample = list[Tensor] | FastsslError
+
+
+class _Views(Dataset[Sample]):
+    """Views of image `index`, drawn from (seed, epoch, index)."""
+
+    def __init__(self, images: Images, views: tuple[View, ...], options: Loading) -> None:
+        self.images, self.seed, self.dtype = images, options.seed, options.dtype
+        self.transforms = [per_image.transform(view) for view in views]
+
+    def __getitem__(self, sample: tuple[int, int]) -> Sample:
+        epoch, index = sample
+        try:
+            image = load_image(self.images, index)
+        except FastsslError as error:
+            return error  # raised in the main process: a worker's exception would bring its traceback along
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(mixed_seed(self.seed, epoch, index))
+            return [transform(image).to(self.dtype) for transform in self.transforms]
+
+
+def _collate(samples: list[Sample]) -> Sample:
+    views: list[list[Tensor]] = []
+    for sample in samples:
+        if isinstance(sample, FastsslError):
+            return sample
+        views.append(sample)
+    return [torch.stack(batch) for batch in zip(*views, strict=True)]
+
+
+def _ignore_the_first_signal(worker: int) -> None:
+    """A terminal or a scheduler sends its signal to all processes, and workers that die of it take the trainer along.
+
+    The trainer ends them when it has saved. It does so by a SIGTERM as well where they do not stop by themselves, hence
+    the second one counts.
+    """
+    told = False
+
+    def end(number: int, frame: FrameType | None) -> None:
+        nonlocal told
+        if told:
+            os._exit(0)
+        told = True
+
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, end)
