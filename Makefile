@@ -32,10 +32,10 @@ help: ## List the targets
 
 setup: $(BASE_STAMP) $(DALI_STAMP) ## Install fastssl, its tools and DALI into .venv
 
-demo: $(BASE_STAMP) ## Train MoCo on the embedded data; ARGS='--help' lists the options
+demo: $(BASE_STAMP) $(DALI_STAMP) ## Train MoCo on the embedded data; ARGS='--help' lists the options
 	@$(PY) -m fastssl.train moco $(ARGS)
 
-test: lint ## Lint, then test; ARGS='-m "not slow"' goes to pytest
+test: lint $(DALI_STAMP) ## Lint, then test; ARGS='-m "not slow"' goes to pytest
 	@$(PY) -m pytest $(ARGS)
 
 lint: $(BASE_STAMP) ## Check style, format, types and what clang finds in the C++
@@ -61,7 +61,7 @@ $(TIDY)/compile_commands.json: CMakeLists.txt $(CPP)
 	    -Dpybind11_DIR={pybind11.get_cmake_dir()}")') > $(TIDY).log || { cat $(TIDY).log; exit 1; }
 	@touch $@
 
-bench: $(BASE_STAMP) ## Run the benchmarks; ARGS goes to pytest
+bench: $(BASE_STAMP) $(DALI_STAMP) ## Run the benchmarks; ARGS goes to pytest
 	@$(PY) -m pytest benchmarks/ --benchmark-only $(ARGS)
 
 $(PY):

@@ -66,7 +66,7 @@ def table(count: int, size: tuple[int, int], generator: torch.Generator) -> Tens
         "order": uniform(0, 24).floor(),
         "grayscale": torch.ones(count),
         "sigma": uniform(0.1, 2),
-        "threshold": uniform(0, 1),
+        "threshold": uniform(-0.1, 1),
         "top": uniform(-2, height).round(),
         "left": uniform(-2, width).round(),
         "height": uniform(0, height + 2).round(),
