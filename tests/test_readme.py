@@ -1,4 +1,4 @@
-"""The README's code runs as it is printed."""
+"""The code of the README and of the augmentation page runs as it is printed."""
 
 import re
 from pathlib import Path
@@ -7,7 +7,12 @@ import pytest
 import torch
 from torch import nn
 
-BLOCKS = re.findall(r"```python\n(.*?)```", (Path(__file__).parents[1] / "README.md").read_text(), re.DOTALL)
+ROOT = Path(__file__).parents[1]
+BLOCKS = [
+    block
+    for name in ("README.md", "docs/augmentation.md")
+    for block in re.findall(r"```python\n(.*?)```", (ROOT / name).read_text(), re.DOTALL)
+]
 
 
 @pytest.mark.parametrize("block", BLOCKS)
