@@ -15,7 +15,7 @@ from torchvision.transforms.v2 import functional as tv
 
 from fastssl.ops import ColorJitter, GaussianBlur, Grayscale, augment_
 from fastssl.ops.augment import IMAGENET_MEAN, IMAGENET_STD
-from fastssl.ops.photometric import COLUMNS, JITTER_ORDERS, NEUTRAL, draw
+from fastssl.ops.photometric import COLUMNS, JITTER_ORDERS, NEUTRAL, draw_augmentation
 
 N = 256
 STEPS = (ColorJitter(0.4, 0.4, 0.4, 0.1, p=0.8), Grayscale(0.2), GaussianBlur((0.1, 2.0), p=0.5))
@@ -52,7 +52,7 @@ def one_by_one(images: Tensor, parameters: Tensor, out: Tensor, dtype: torch.dty
 )
 def test_augment(benchmark: BenchmarkFixture, which: str, side: int) -> None:
     torch.manual_seed(0)
-    images, parameters = pictures(side), draw(STEPS, N, (side, side))
+    images, parameters = pictures(side), draw_augmentation(STEPS, N, (side, side))
     dtype = getattr(torch, which) if which.endswith("16") else torch.float32
     out = torch.zeros(N, 3, side, side, dtype=dtype).to(memory_format=torch.channels_last)
     call: Callable[[], object]
@@ -78,7 +78,7 @@ def test_augment(benchmark: BenchmarkFixture, which: str, side: int) -> None:
 
 def test_the_peer_computes_the_same() -> None:
     torch.manual_seed(0)
-    images, parameters = pictures(32)[:64], draw(STEPS, 64, (32, 32))
+    images, parameters = pictures(32)[:64], draw_augmentation(STEPS, 64, (32, 32))
     out = torch.empty(64, 3, 32, 32)
     one_by_one(images, parameters, out, torch.uint8)
     assert (augment_(images, STEPS, parameters) - out).abs().mean() < 0.01

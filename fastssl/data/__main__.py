@@ -45,35 +45,44 @@ class PackOptions:
 
 def scan(options: ScanOptions) -> int:
     """Print what cannot be read, and write the list."""
-    from fastssl.data.exclude import as_line
+    from fastssl.data.exclude import as_comment, as_line
     from fastssl.data.scan import scan as run
     from fastssl.files import atomic_write
 
     workers = len(os.sched_getaffinity(0)) if options.workers is None else options.workers
     _at_least(1, workers=workers)
     lines: list[str] = []
+    bad = 0
 
     def report(name: str, reason: str) -> None:
+        nonlocal bad
+        bad += 1
         print(_printable(f"{name}: {reason}"), flush=True)
-        lines.append(f"# {' '.join(reason.split())}\n{as_line(name)}\n")
+        lines.append(f"{as_comment(reason)}\n{as_line(name)}\n")
+
+    def remark(name: str, reason: str) -> None:
+        print(_printable(f"{name}: {reason}"), flush=True)
+        lines.append(f"{as_comment(f'{as_line(name)}: {reason}')}\n")
 
     with _bar("decoding") as progress:
-        count = run(options.data, workers, report, progress)
-    print(f"{count:,} images, {len(lines):,} of them (or shards, or folders) cannot be read", file=sys.stderr)
+        count = run(options.data, workers, report, progress, remark)
+    print(f"{count:,} images, {bad:,} of them (or shards, or folders) cannot be read", file=sys.stderr)
     if options.output is not None:
         with atomic_write(options.output) as file:
             file.write("".join(lines).encode("utf-8", "surrogateescape"))
-        if lines:
+        if bad:
             print(f"leave them out with --exclude {options.output}", file=sys.stderr)
-    return 1 if lines else 0
+    return 1 if bad else 0
 
 
 def pack(options: PackOptions) -> int:
     """Write the shards."""
     from fastssl.data.pack import pack as run
     from fastssl.data.pack import size
-    from fastssl.data.sources import open_source
+    from fastssl.data.sources import is_remote, not_on_disk, open_source
 
+    if is_remote(options.data):  # before all its indexes are fetched
+        raise not_on_disk("pack", options.data)
     _at_least(1, workers=options.workers, images_per_shard=options.images_per_shard)
     if options.shard_size is not None and options.images_per_shard is not None:
         raise FastsslError("give --shard_size or --images_per_shard, not both")
@@ -122,7 +131,7 @@ def _at_least(least: int, **values: int | None) -> None:
 
 def _printable(text: str) -> str:
     """File names need not be UTF-8, and may hold line breaks."""
-    return text.replace("\n", "\\n").encode("utf-8", "backslashreplace").decode()
+    return text.replace("\n", "\\n").replace("\r", "\\r").encode("utf-8", "backslashreplace").decode()
 
 
 def main(arguments: list[str]) -> int:

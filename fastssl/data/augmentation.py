@@ -115,8 +115,13 @@ class Augmentation:
 
 
 def short_side(shape: tuple[int, ...], size: int) -> int:
-    """To what the short side is resized before the centre crop: 256 for 224, as on ImageNet; a fitting one stays."""
-    return size if min(shape[-2:]) == size else round(size * 8 / 7)
+    """To what the short side is resized before the centre crop; one that fits stays."""
+    return size if min(shape[-2:]) == size else margin_around(size)
+
+
+def margin_around(size: int) -> int:
+    """The short side of an image of which the centre is cropped: 256 for 224, as on ImageNet."""
+    return round(size * 8 / 7)
 
 
 def names() -> list[str]:

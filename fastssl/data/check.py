@@ -4,7 +4,8 @@ import os
 import signal
 import threading
 import warnings
-from functools import cache
+from collections.abc import Callable
+from functools import cache, partial
 from multiprocessing.connection import Connection
 from typing import Any
 
@@ -12,6 +13,7 @@ import numpy as np
 
 from fastssl.data.decode import ImageError, decode
 from fastssl.data.stored import Location, OpenFiles
+from fastssl.errors import DataError
 
 Item = tuple[str, Location]  # name, place
 Finding = tuple[str, str]  # name, reason
@@ -21,17 +23,26 @@ _files = OpenFiles()
 
 def check(items: list[Item]) -> list[Finding]:
     """Decode every image; return the unreadable ones."""
-    findings = []
-    for name, location in items:
-        try:
-            encoded = _files.read(location, name)
-            decode(encoded, name)
-        except ImageError as error:
-            findings.append((name, error.reason))
-        else:
-            if refusal := refused_by_dali(encoded):
-                findings.append((name, refusal))
-    return findings
+    faults = (fault(name, partial(_files.read, location, name)) for name, location in items)
+    return [(found.name, found.reason) for found in faults if found is not None]
+
+
+def fault(name: str, read: Callable[[], bytes]) -> ImageError | None:
+    """What is wrong with an image, None if every loader can decode it.
+
+    Args:
+        name: of the image.
+        read: gives its encoded bytes, or raises a DataError.
+    """
+    try:
+        encoded = read()
+        decode(encoded, name)
+    except ImageError as error:
+        return error
+    except DataError as error:
+        return ImageError(name, str(error))
+    refusal = refused_by_dali(encoded)
+    return ImageError(name, refusal) if refusal else None
 
 
 def refused_by_dali(encoded: bytes) -> str:

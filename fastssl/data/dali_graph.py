@@ -11,8 +11,9 @@ from nvidia.dali import fn, pipeline_def, types
 from nvidia.dali import math as dali_math
 
 from fastssl.data import dali_color
-from fastssl.data.augmentation import HorizontalFlip, RandomResizedCrop, RandomShift, View, short_side
-from fastssl.data.geometry import COLUMNS, TRIES
+from fastssl.data.augmentation import HorizontalFlip, RandomResizedCrop, RandomShift, View, margin_around
+from fastssl.data.geometry import COLUMNS
+from fastssl.ops.photometric import TRIES
 
 INTERPOLATION = {"bilinear": types.INTERP_LINEAR, "bicubic": types.INTERP_CUBIC}
 
@@ -32,7 +33,7 @@ def build(
     """Make the pipeline; the caller builds it (which for a GPU needs one) and feeds its inputs.
 
     Its inputs are "images" (files as 1-d uint8, or H×W×3), "geometry0", "geometry1", … (`geometry.draw`), and with
-    color="dali" "color0", … (`fastssl.ops.photometric.draw`). Its outputs are one a view: size×size×3, uint8, or with
+    color="dali" "color0", … (`fastssl.ops.draw_augmentation`). Its outputs are one a view: size×size×3, uint8, or with
     color="dali" normalised and of `dtype`.
 
     Args:
@@ -83,22 +84,24 @@ def _graph(views: Sequence[View], encoded: bool, color: str, on_gpu: bool, dtype
 
 
 def _view(view: View, images: Any, height: Any, width: Any, drawn: Any) -> Any:
-    crop = next((step for step in view.geometry if isinstance(step, RandomResizedCrop)), None)
-    if crop:
+    steps = {type(step): step for step in view.geometry}
+    crop, shift = steps.get(RandomResizedCrop), steps.get(RandomShift)
+    flips = HorizontalFlip in steps
+    if isinstance(crop, RandomResizedCrop):
         top, left, h, w = _box(crop, height, width, fn.reshape(drawn[3:COLUMNS], shape=[4, TRIES]))
-        cut = fn.slice(images, *_corner_and_size(top, left, h, w), axes=(0, 1))
-        result = _resized(cut, h, w, drawn[0], view, crop)
+        result = fn.slice(images, *_corner_and_size(top, left, h, w), axes=(0, 1))
+        # Where no shift comes in between, the flip costs nothing: the region to resize may run from right to left.
+        flip = drawn[0] if flips and not shift else 0.0 * w
+        flips = flips and shift is not None
+        result = _resized(result, h, w, flip, view, crop)
     else:
         result = _centre(images, height, width, view.size)
-    for step in view.geometry:
-        if isinstance(step, RandomShift):
-            corner = fn.cast(fn.stack(-drawn[1], -drawn[2]), dtype=types.INT32)
-            result = fn.slice(
-                result, corner, types.Constant([view.size, view.size], dtype=types.INT32, device="cpu"), axes=(0, 1),
-                out_of_bounds_policy="pad", fill_values=0,
-            )  # fmt: skip
-        if isinstance(step, HorizontalFlip) and not crop:
-            result = fn.flip(result, horizontal=fn.cast(drawn[0], dtype=types.INT32))
+    if shift:
+        corner = fn.cast(fn.stack(-drawn[1], -drawn[2]), dtype=types.INT32)
+        size = types.Constant([view.size, view.size], dtype=types.INT32, device="cpu")
+        result = fn.slice(result, corner, size, axes=(0, 1), out_of_bounds_policy="pad", fill_values=0)
+    if flips:
+        result = fn.flip(result, horizontal=fn.cast(drawn[0], dtype=types.INT32))
     return result
 
 
@@ -124,10 +127,7 @@ def _box(step: RandomResizedCrop, height: Any, width: Any, tries: Any) -> tuple[
 
 
 def _resized(crop: Any, h: Any, w: Any, flip: Any, view: View, step: RandomResizedCrop) -> Any:
-    """Resize along the width, then along the height: PIL and torchvision round to 8 bits in between.
-
-    The flip costs nothing: the region to resize may run from right to left.
-    """
+    """Resize along the width, then along the height: PIL and torchvision round to 8 bits in between."""
     kind = {"interp_type": INTERPOLATION[step.interpolation], "antialias": True}
     start, end = fn.stack(0.0 * w, w * flip), fn.stack(h, w * (1 - flip))
     narrow = fn.resize(crop, size=fn.stack(h, 0.0 * w + view.size), roi_start=start, roi_end=end, **kind)
@@ -135,10 +135,10 @@ def _resized(crop: Any, h: Any, w: Any, flip: Any, view: View, step: RandomResiz
 
 
 def _centre(images: Any, height: Any, width: Any, size: int) -> Any:
-    """What a view without a random crop does: `short_side`, then the centre."""
+    """What a view without a random crop does: `augmentation.short_side`, then the centre."""
     smaller = dali_math.min(height, width)
     fits = fn.cast(smaller == size, dtype=types.FLOAT)
-    short = fits * size + (1 - fits) * short_side((0, 0), size)
+    short = fits * size + (1 - fits) * margin_around(size)
     # torchvision cuts the longer side to a whole number of pixels.
     h = dali_math.floor(height * short / smaller + 1e-3)
     w = dali_math.floor(width * short / smaller + 1e-3)

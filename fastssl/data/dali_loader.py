@@ -1,8 +1,9 @@
 """Reads in threads, lets DALI decode, crop and flip, and `augment_` (or DALI) change the colours."""
 
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -47,8 +48,6 @@ class DaliLoader:
     """
 
     def __init__(self, images: Images, views: tuple[View, ...], order: Order, options: Loading) -> None:
-        if options.color not in ("exact", "dali"):
-            raise FastsslError(f"color must be exact or dali, got {options.color!r}")
         if options.color == "dali" and options.dtype not in DTYPES:
             raise FastsslError(f"--color dali gives float32 or float16, not {options.dtype}: use --color exact")
         self.images, self.views, self.order, self.options = images, views, order, options
@@ -58,6 +57,8 @@ class DaliLoader:
             images.pixels.permute(0, 2, 3, 1).contiguous().numpy() if isinstance(images, ArrayImages) else None
         )
         self._pipeline: Any = self._build()  # which checks the arguments of all operators
+        self._open = False
+        self._held: deque[tuple[torch.cuda.Event, Any]] = deque()
 
     def __len__(self) -> int:
         return len(self.order)
@@ -73,32 +74,45 @@ class DaliLoader:
         Raises:
             DataError: images cannot be read; it names all of them in the batch.
         """
+        if self._open:
+            raise FastsslError("an iterator of this loader has not come to its end: close() it before the next")
+        self._open, in_order = True, False
         self._pipeline = self._pipeline or self._build()
         under_way: deque[_Batch] = deque()
         readers = ThreadPoolExecutor(READERS)
         try:
-            for batch in self._read(readers, epoch, start):
-                self._schedule(batch, epoch)
-                under_way.append(batch)
-                if len(under_way) > self.options.prefetch:
+            with closing(self._read(readers, epoch, start)) as batches:
+                for batch in batches:
+                    self._schedule(batch, epoch)
+                    under_way.append(batch)
+                    if len(under_way) > self.options.prefetch:
+                        yield self._take(under_way.popleft(), epoch)
+                while under_way:
                     yield self._take(under_way.popleft(), epoch)
-            while under_way:
-                yield self._take(under_way.popleft(), epoch)
+            in_order = True
+        except GeneratorExit:
+            in_order = True  # abandoned between two batches
+            raise
         finally:
             readers.shutdown(cancel_futures=True)
-            self._drop(under_way)
+            if in_order:
+                self._drop(under_way)
+            else:
+                self._pipeline = None  # who knows what is in it
+            self._open = False
 
     def _build(self) -> Any:
-        options, gpu = self.options, self.options.device.type == "cuda"
+        options, device = self.options, self.options.device
+        on_gpu = device.type == "cuda"
+        device_id = (torch.cuda.current_device() if device.index is None else device.index) if on_gpu else None
         return dali_graph.build(
             self.views, self.order.batch_size, encoded=self._pixels is None, color=options.color,
-            on_gpu=gpu,
-            device_id=(options.device.index or 0) if gpu else None,
+            on_gpu=on_gpu, device_id=device_id,
             threads=max(1, options.workers), prefetch=options.prefetch + 1,
             dtype=DTYPES.get(options.dtype, types.FLOAT),
         )  # fmt: skip
 
-    def _read(self, readers: ThreadPoolExecutor, epoch: int, start: int) -> Iterator[_Batch]:
+    def _read(self, readers: ThreadPoolExecutor, epoch: int, start: int) -> Generator[_Batch, None, None]:
         """The batches with their images; the files of the next ones are being read meanwhile."""
         images, order = self.images, self.order
         if isinstance(images, RemoteShards):
@@ -137,30 +151,40 @@ class DaliLoader:
         self._pipeline.schedule_run()
 
     def _take(self, batch: _Batch, epoch: int) -> list[Tensor]:
-        """Wait for a batch, and make its views of what DALI gives: without a copy, on the stream that will use them."""
+        """Wait for a batch, and make its views of what DALI gives, on the stream that will use them."""
         gpu = self.options.device.type == "cuda"
         stream = {"cuda_stream": torch.cuda.current_stream(self.options.device).cuda_stream} if gpu else {}
         try:
             outputs = self._pipeline.share_outputs(**stream)
         except RuntimeError as error:
-            self._pipeline = None  # DALI's pipelines do not survive an error
             raise damaged.report(batch.items, error) from None
         views = []
         for number, (view, output) in enumerate(zip(self.views, outputs, strict=True)):
-            images = from_dlpack(output.as_tensor())  # N×H×W×3
+            images = from_dlpack(output.as_tensor())  # N×H×W×3, DALI's memory
             if self.options.color == "dali":
-                views.append(images.permute(0, 3, 1, 2))
+                views.append(images.permute(0, 3, 1, 2).clone(memory_format=torch.preserve_format))
                 continue
             parameters = self._colors(batch, epoch, number)
-            if gpu:
-                parameters = parameters.pin_memory()
             views.append(
                 augment_(
                     images, self.photometric[number], parameters, mean=view.mean, std=view.std, dtype=self.options.dtype
                 )
             )
         self._pipeline.release_outputs()
+        if gpu:
+            self._hold(outputs)
         return views
+
+    def _hold(self, outputs: Any) -> None:
+        """Keep DALI's memory until the GPU has read it: DALI waits for the host only before it writes there again."""
+        event = torch.cuda.Event()
+        event.record(torch.cuda.current_stream(self.options.device))
+        self._held.append((event, outputs))
+        while self._held[0][0].query() or len(self._held) > self.options.prefetch:
+            self._held[0][0].synchronize()
+            self._held.popleft()
+            if not self._held:
+                return
 
     def _drop(self, under_way: deque[_Batch]) -> None:
         """Empty the pipeline for the next epoch, when this one ends before its time."""
@@ -179,7 +203,7 @@ class DaliLoader:
     def _colors(self, batch: _Batch, epoch: int, view: int) -> Tensor:
         size = self.views[view].size
         generator = self.generator(batch.number, epoch, view, "color")
-        return photometric.draw(self.photometric[view], batch.size, (size, size), generator)
+        return photometric.draw_augmentation(self.photometric[view], batch.size, (size, size), generator)
 
     def generator(self, number: int, epoch: int, view: int, purpose: str) -> torch.Generator:
         """Where the parameters of a batch come from; `purpose` is "geometry" or "color"."""

@@ -1,6 +1,7 @@
 """Names of images and shards that are left out, and what happens to those that cannot be read."""
 
 import os
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import NoReturn
@@ -35,13 +36,14 @@ class Exclusions:
         if path is None:
             return
         try:
-            lines = path.read_text("utf-8", "surrogateescape").splitlines()
+            lines = path.read_bytes().decode("utf-8", "surrogateescape").split("\n")  # names may hold other line ends
         except OSError as error:
             raise FastsslError(f"cannot read the list of excluded names '{path}' ({error.strerror})") from None
         for line in lines:
             if not line.strip() or line.startswith("#"):
                 continue
-            for name in {line, line.strip(), line.replace("\\n", "\n")}:
+            by_hand = {line, line.strip()}
+            for name in by_hand | set(map(_unescaped, by_hand)):  # the latter by `as_line`
                 self._names |= {os.path.abspath(name), os.path.abspath(os.path.join(root, name))}
 
     def __bool__(self) -> bool:
@@ -64,4 +66,17 @@ class Exclusions:
 
 def as_line(name: str) -> str:
     """How a name stands in the list: absolute, so that the list holds from any folder."""
-    return os.path.abspath(name).replace("\n", "\\n")
+    return re.sub(r"[\\\n\r]", lambda match: _ESCAPES[match[0]], os.path.abspath(name))
+
+
+def as_comment(text: str) -> str:
+    """A line of the list that leaves out nothing."""
+    return "# " + " ".join(text.split())
+
+
+_ESCAPES = {"\\": r"\\", "\n": r"\n", "\r": r"\r"}
+_PLAIN = {escape: plain for plain, escape in _ESCAPES.items()}
+
+
+def _unescaped(line: str) -> str:
+    return re.sub(r"\\[\\nr]", lambda match: _PLAIN[match[0]], line)

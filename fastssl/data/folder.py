@@ -35,6 +35,7 @@ def find(root: Path, excluded: Exclusions, report: Report) -> FolderImages:
             folders.clear()
             continue
         seen.add(real)
+        folders.sort()  # which of two links to a folder is followed must not depend on the file system
         below = (os.path.join(folder, name) for name in folders)
         outside |= {path for path in below if folder in outside or path in excluded}
         images = (os.path.join(folder, name) for name in names if is_image(name))
@@ -59,5 +60,11 @@ def is_image(name: str) -> bool:
 
 
 def disguised(root: str) -> list[str]:
-    """Folders with the name of an image: harmless to a training, and hardly meant."""
-    return [os.path.join(at, name) for at, folders, _ in os.walk(root) for name in folders if is_image(name)]
+    """Folders with the name of an image and no images below them: harmless to a training, and hardly meant."""
+    holding, odd = set[str](), list[str]()
+    for at, folders, names in os.walk(root, topdown=False):
+        if any(map(is_image, names)) or any(os.path.join(at, name) in holding for name in folders):
+            holding.add(at)
+        elif at != root and is_image(os.path.basename(at)):
+            odd.append(at)
+    return sorted(odd)

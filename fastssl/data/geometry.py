@@ -6,9 +6,8 @@ import torch
 from torch import Tensor
 
 from fastssl.data.augmentation import HorizontalFlip, RandomResizedCrop, RandomShift, View
-from fastssl.ops.photometric import first_fitting
+from fastssl.ops.photometric import TRIES, first_fitting
 
-TRIES = 10  # boxes that torchvision's RandomResizedCrop tries before it falls back on a central one
 COLUMNS = 3 + 4 * TRIES  # flip (0 or 1); shift down, shift right, in pixels; area, aspect, top and left of each try
 
 

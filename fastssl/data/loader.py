@@ -18,6 +18,7 @@ from fastssl.data.sources import ArrayImages, Images
 from fastssl.data.torchvision_loader import TorchvisionLoader
 from fastssl.errors import FastsslError
 
+COLORS = ("exact", "dali")
 INSTALL_DALI = "pip install 'fastssl[dali]' (CUDA 12) or 'fastssl[dali-cu13]' (CUDA 13)"
 
 
@@ -48,14 +49,13 @@ def make_loader(images: Images, augmentation: Augmentation, batch_size: int, opt
         FastsslError: fewer images than one batch; an unknown option; dali is asked for and not installed.
     """
     options = options or Loading()
+    _check(options)
     total = batch_size * options.world
     if total > len(images) and options.last_batch == "drop":
         raise FastsslError(
             f"batch_size {total} is larger than the {len(images)} training images: "
             f"use --batch_size {len(images)} or less"
         )
-    if options.last_batch not in LAST_BATCHES:
-        raise FastsslError(f"last_batch must be one of {', '.join(LAST_BATCHES)}, got {options.last_batch!r}")
     if isinstance(images, RemoteShards) and options.last_batch != "drop":
         raise FastsslError(f"last_batch must be drop for images on s3://, got {options.last_batch!r}")
     order = Order(
@@ -63,6 +63,17 @@ def make_loader(images: Images, augmentation: Augmentation, batch_size: int, opt
         shards=None if isinstance(images, ArrayImages) else images.groups,
     )  # fmt: skip
     return _make(images, augmentation.views, order, options)
+
+
+def _check(options: Loading) -> None:
+    if options.last_batch not in LAST_BATCHES:
+        raise FastsslError(f"last_batch must be one of {', '.join(LAST_BATCHES)}, got {options.last_batch!r}")
+    if options.last_batch == "partial" and options.world > 1:
+        raise FastsslError("last_batch partial is for one process: among several some would get nothing")
+    if options.color not in COLORS:
+        raise FastsslError(f"color must be one of {', '.join(COLORS)}, got {options.color!r}")
+    if options.color == "dali" and resolved(options.kind) != "dali":
+        raise FastsslError(f"--color dali needs --loader dali, and DALI installed: {INSTALL_DALI}")
 
 
 def view_batches(images: Images, view: View, batch_size: int, options: Loading) -> Iterator[Tensor]:

@@ -22,7 +22,7 @@ class Order:
         rank, world: the batch `n` of the world is cut into `world` parts, the rank's own is number `rank`.
         last_batch: what happens to images that do not fill the last batch of the world: "drop" leaves them to the
             next epoch's order, "fill" adds the first ones of this epoch once more, "partial" makes smaller batches
-            (of some ranks perhaps empty ones).
+            (of several ranks some may get nothing).
         shuffle: a new order every epoch; otherwise the images' own.
         shards: of each image the shard it lies in (N int64), or None: images of at most `OPEN_SHARDS` shards are mixed
             at a time, and which shards these are changes every epoch.

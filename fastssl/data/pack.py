@@ -18,9 +18,9 @@ from pathlib import Path
 
 import torch
 
-from fastssl.data import shards
+from fastssl.data import shards, wds_index
 from fastssl.data.decode import EXTENSIONS, ImageError
-from fastssl.data.sources import Source
+from fastssl.data.sources import Source, not_on_disk
 from fastssl.data.stored import StoredImages
 from fastssl.errors import FastsslError
 from fastssl.files import atomic_write, write_text
@@ -61,7 +61,7 @@ def plan(source: Source, shard_bytes: int | None, images_per_shard: int | None, 
         if images is None:
             continue
         if not isinstance(images, StoredImages):
-            raise FastsslError(f"pack is for folders and shards of images, and {source.name} lies in memory")
+            raise not_on_disk("pack", source.name)
         order = torch.randperm(len(images), generator=torch.Generator().manual_seed(seed)).tolist()
         parts, current, filled = [], list[int](), tarfile.RECORDSIZE  # a tar's end is padded to that
         for index in order:
@@ -119,17 +119,24 @@ def pack(
         raise _full(out, total)
     work = out / shards.PACKING
     work.mkdir()
+    names: list[str] = []
     try:
         _write_all(planned, work, workers, progress)
         if source.train.classes:
             write_text(work / shards.CLASSES, "".join(f"{name}\n" for name in source.train.classes))
-        for path in sorted(work.iterdir()):
-            os.replace(path, out / path.name)
+        names = sorted(os.listdir(work))
+        for name in names:
+            os.replace(work / name, out / name)
         work.rmdir()
-    except OSError as error:
-        raise _full(out, total) if error.errno in (errno.ENOSPC, errno.EDQUOT) else error from None
-    finally:
+    except BaseException as error:
+        # What has been moved goes first and the mark last: interrupted even here, it is not taken for a whole.
+        for name in names:
+            if not (work / name).exists():
+                (out / name).unlink(missing_ok=True)
         shutil.rmtree(work, ignore_errors=True)
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise _full(out, total) from None
+        raise
     return len(planned)
 
 
@@ -158,16 +165,16 @@ def _write_all(planned: list[Shard], work: Path, workers: int, progress: Callabl
 
 def _write(shard: Shard, path: Path, written: Callable[[], None]) -> None:
     images = shard.images
-    lines = [f"v1.2 {len(shard.index)}"]  # an index in DALI's format: `s3://` is read by it
+    samples: list[list[str]] = []
     with atomic_write(path) as file, tarfile.open(fileobj=file, mode="w", format=tarfile.USTAR_FORMAT) as tar:
         for number, index in enumerate(shard.index, shard.first):
             encoded = images.read(index)
             members = [_add(tar, f"{number:08d}{_extension(images.name(index), encoded)}", encoded)]
             if images.labels is not None:
                 members.append(_add(tar, f"{number:08d}.cls", str(int(images.labels[index])).encode()))
-            lines.append(" ".join(members))
+            samples.append(members)
             written()
-    write_text(path.with_suffix(".idx"), "".join(f"{line}\n" for line in lines))
+    write_text(Path(wds_index.path_of(str(path))), wds_index.text(samples))
 
 
 def _add(tar: tarfile.TarFile, name: str, content: bytes) -> str:
@@ -175,7 +182,7 @@ def _add(tar: tarfile.TarFile, name: str, content: bytes) -> str:
     info = tarfile.TarInfo(name)  # of no owner and no time: the same images and seed give the same bytes
     info.size = len(content)
     tar.addfile(info, io.BytesIO(content))
-    return f"{name.split('.', 1)[1]} {tar.offset - -(-len(content) // 512) * 512} {len(content)} {name}"
+    return wds_index.entry(name, tar.offset - -(-len(content) // 512) * 512, len(content))
 
 
 def _bytes(images: StoredImages, index: int) -> int:

@@ -1,5 +1,6 @@
 """Executes an augmentation recipe on one image with torchvision.transforms.v2: any image size, any source."""
 
+import math
 from functools import singledispatch
 
 import torch
@@ -89,7 +90,7 @@ def _(step: photometric.GaussianBlur, size: int) -> nn.Module:
 
 @module.register
 def _(step: photometric.Solarize, size: int) -> nn.Module:
-    return v2.RandomSolarize(step.threshold * 256, step.p)  # 0.5 is PIL's 128
+    return v2.RandomSolarize(math.ceil(255 * step.threshold), step.p)  # 0.5 is PIL's 128
 
 
 class _OnTensor(nn.Module):

@@ -7,44 +7,31 @@ are mixed in memory, and the sequence that this gives is cut into one stretch a 
 """
 
 import hashlib
-import itertools
-import os
 import re
 import tarfile
-import time
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from fastssl.data import tar_index
+from fastssl.data import braces, s3, tar_index, wds_index
 from fastssl.data.decode import EXTENSIONS
 from fastssl.data.exclude import Exclusions
 from fastssl.data.order import mixed_generator
+from fastssl.data.s3 import Bytes
+from fastssl.data.stored import names_digest
+from fastssl.data.tar_index import BLOCK, Image
 from fastssl.errors import DataError, FastsslError
 
-Bytes = npt.NDArray[np.uint8]
 Integers = npt.NDArray[np.int64]
 
 PIECE = 2**23  # bytes of a request: latency hardly shows, and a broken one is soon repeated
 GROUP = 64  # pieces whose images are mixed: 0.5 GB; the next group is fetched meanwhile, so a rank holds 1 GB
-THREADS = 8  # requests at a time
-ATTEMPTS = 4  # of a request, besides those of DALI's client (3 by default, AWS_MAX_ATTEMPTS), each 3 s if nothing comes
-PAUSE = 1.0  # seconds before the second attempt; then twice as long every time
-FINAL = re.compile("AccessDenied|NoSuch|InvalidAccessKeyId|SignatureDoesNotMatch|ExpiredToken")  # no use to ask again
-MANY = 10**6  # shards: more are a slip in a brace range
-BLOCK = 512  # of a tar
-ACCESS = (
-    "are the name, AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY (or ~/.aws), AWS_REGION and, for a store that is not "
-    "Amazon's, AWS_ENDPOINT_URL right?"
-)
 
 
 def expand(data: str) -> list[str]:
@@ -61,29 +48,14 @@ def expand(data: str) -> list[str]:
             raise FastsslError(f"'{pattern}' has a wildcard, and a store is not listed: write a range, {{000..255}}")
         if "#" in pattern:
             raise FastsslError(f"'{pattern}' has a #, behind which DALI would read nothing: rename the shards")
-        choices = [_choices(part, pattern) for part in re.split(r"(\{[^{}]*\})", pattern)]
-        if len(paths) + np.prod([len(c) for c in choices], dtype=float) > MANY:
-            raise FastsslError(f"'{pattern}' names more than {MANY:,} shards: is its range right?")
-        paths += map("".join, itertools.product(*choices))
+        expanded = braces.expand(pattern)
+        if re.search("[{}]", expanded[0]):
+            raise FastsslError(f"'{pattern}' has braces that are neither {{000..255}} nor {{a,b}}")
+        paths += expanded
     if len(set(paths)) < len(paths):
         twice = next(path for path in paths if paths.count(path) > 1)
         raise FastsslError(f"'{data}' names the shard '{twice}' more than once")
     return paths
-
-
-def _choices(part: str, pattern: str) -> Sequence[str]:
-    if match := re.fullmatch(r"\{(\d+)\.\.(\d+)\}", part):
-        first, last = int(match[1]), int(match[2])
-        if first > last:
-            raise FastsslError(f"the range {part} of shards runs backwards")
-        if last - first >= MANY:
-            raise FastsslError(f"'{pattern}' names more than {MANY:,} shards: is its range right?")
-        return [str(number).zfill(len(match[1])) for number in range(first, last + 1)]
-    if part.startswith("{") and "," in part:
-        return part[1:-1].split(",")
-    if re.search("[{}]", part):
-        raise FastsslError(f"'{pattern}' has braces that are neither {{000..255}} nor {{a,b}}")
-    return [part]
 
 
 @dataclass(frozen=True)
@@ -117,6 +89,11 @@ class RemoteImages:
     def __len__(self) -> int:
         return len(self.places)
 
+    @property
+    def digest(self) -> str:
+        """Equal only if the images' names and order are."""
+        return names_digest(map(self.name, range(len(self))))
+
     def name(self, index: int) -> str:
         """SHARD/MEMBER of image `index`."""
         return "/".join(self.places[index][:2])
@@ -128,7 +105,7 @@ class RemoteImages:
             DataError: it cannot be read.
         """
         shard, _, offset, length = self.places[index]
-        return bytes(_fetch(shard, offset, length))
+        return bytes(s3.fetch(shard, offset, length))
 
     def subset(self, index: Tensor) -> "RemoteImages":
         """The images at `index`."""
@@ -139,7 +116,7 @@ class RemoteShards:
     """The images of shards on s3://, in an order that changes every epoch.
 
     Beside each shard `a.tar` its index `a.idx` (of `fastssl.data pack`, or of DALI's wds2idx) should lie. Without it
-    the whole shard is fetched once, here, to find its images.
+    the whole shard is fetched once, here, to find its images. Labels (`.cls`) are not read: a training needs none.
 
     Args:
         paths: of the shards.
@@ -163,19 +140,19 @@ class RemoteShards:
                 return None
             return list(_cut(path, [image for image in images if f"{path}/{image[0]}" not in exclude]))
 
-        with _closing(_Threads()) as threads:
-            found = _gather(threads.map(lambda path: cut(path, _index_file(path)), paths))
+        with s3.closing(s3.Threads()) as threads:
+            found = s3.gather(threads.map(lambda path: cut(path, _index_file(path)), paths))
         without = [number for number, pieces in enumerate(found) if pieces is None]
         if without:
             warnings.warn(
                 f"{len(without)} of {len(paths)} shards have no index beside them, such as "
-                f"'{_index_path(paths[without[0]])}': each is fetched whole now, and at every start. "
+                f"'{wds_index.path_of(paths[without[0]])}': each is fetched whole now, and at every start. "
                 "`python -m fastssl.data pack` and DALI's wds2idx write indexes: put them there",
                 stacklevel=2,
             )
-            with _closing(_Threads(2)) as threads:  # two shards at a time in memory
+            with s3.closing(s3.Threads(2)) as threads:  # two shards at a time in memory
                 futures = threads.map(lambda number: cut(paths[number], _index_shard(paths[number])), without)
-                for number, pieces in zip(without, _gather(futures), strict=True):
+                for number, pieces in zip(without, s3.gather(futures), strict=True):
                     found[number] = pieces
         self._pieces: list[_Piece] = [piece for pieces in found for piece in pieces]
         self._counts = np.array([len(piece.offsets) for piece in self._pieces], np.int64)
@@ -257,7 +234,7 @@ class RemoteShards:
         starts = np.insert(ends[:-1], 0, 0)
         begin, end = np.searchsorted(ends, [first, last - 1], side="right").tolist()
         groups = range(begin, end + 1)
-        with _closing(_Threads()) as threads:
+        with s3.closing(s3.Threads()) as threads:
 
             def load(group: int) -> list["Future[Bytes]"]:
                 return threads.map(_fetch_piece, [self._pieces[i] for i in order[group * GROUP : (group + 1) * GROUP]])
@@ -267,7 +244,9 @@ class RemoteShards:
             for group in groups:
                 pieces = [self._pieces[i] for i in order[group * GROUP : (group + 1) * GROUP]]
                 images = [
-                    image for piece, data in zip(pieces, _gather(ahead), strict=True) for image in _images(piece, data)
+                    image
+                    for piece, data in zip(pieces, s3.gather(ahead), strict=True)
+                    for image in _images(piece, data)
                 ]
                 ahead = load(group + 1) if group + 1 in groups else []
                 mixed = torch.randperm(len(images), generator=mixed_generator(seed, epoch, "group", group)).tolist()
@@ -278,9 +257,6 @@ class RemoteShards:
                         yield batch
                         batch = []
                 del images  # before the next but one begins to come
-
-
-Image = tuple[str, int, int]  # member, offset, length
 
 
 def _cut(shard: str, images: Iterable[Image]) -> Iterator[_Piece]:
@@ -295,68 +271,28 @@ def _cut(shard: str, images: Iterable[Image]) -> Iterator[_Piece]:
             first = last
 
 
-def _index_path(shard: str) -> str:
-    return shard.removesuffix(".tar") + ".idx"
-
-
 def _index_file(shard: str) -> list[Image] | None:
     """The images by the index beside the shard; None if there is none."""
-    path = _index_path(shard)
+    path = wds_index.path_of(shard)
     try:
-        text = _fetch(path).tobytes()
-    except _Absent:
+        text = s3.fetch(path).tobytes()
+    except s3.Absent:
         return None
     try:
-        return parse_index(text.decode("utf-8", "surrogateescape"))
+        return wds_index.parse(text.decode("utf-8", "surrogateescape"))
     except ValueError as error:
         raise DataError(
             f"cannot use the index '{path}' ({error}): make it anew with DALI's wds2idx, or remove it"
         ) from None
 
 
-def parse_index(text: str) -> list[Image]:
-    """The images in an index of DALI's wds2idx: `v1.2 SAMPLES`, then a line a sample of `EXTENSION OFFSET SIZE MEMBER`.
-
-    Raises:
-        ValueError: it is none.
-    """
-    head, *lines = text.removesuffix("\n").split("\n")
-    if not re.fullmatch(r"v1\.2 \d+", head):
-        raise ValueError(f"it begins with '{head[:40]}' instead of 'v1.2' and the number of samples")
-    if int(head[5:]) != len(lines):
-        raise ValueError(f"it has {len(lines)} of the {head[5:]} samples that it speaks of")
-    samples: dict[str, list[Image]] = {}
-    for number, line in enumerate(lines, 2):
-        words = line.split(" ")
-        if len(words) % 4 or not all(w.isdigit() for i in (1, 2) for w in words[i::4]):
-            raise ValueError(f"line {number} is not EXTENSION OFFSET SIZE MEMBER; names with spaces cannot be indexed")
-        for extension, offset, length, member in zip(*(words[i::4] for i in range(4)), strict=True):
-            if f".{extension}".lower().endswith(EXTENSIONS):
-                key = member[: len(member) - len(extension)]
-                if int(offset) < BLOCK or int(offset) % BLOCK:
-                    raise ValueError(
-                        f"in line {number} '{member}' is at byte {offset}, where no member of a tar begins"
-                    )
-                samples.setdefault(key, []).append((member, int(offset), int(length)))
-    return [_only_image(key, images) for key, images in samples.items()]
-
-
-def _only_image(key: str, images: list[Image]) -> Image:
-    """As in local shards, `a.jpg` is the image of sample a, whatever `a.mask.png` there is."""
-    if len(images) > 1:
-        images = [image for image in images if image[0][len(key) - 1 :].lower() in EXTENSIONS] or images
-    if len(images) > 1:
-        raise ValueError(f"its sample '{key}' has {len(images)} images: a key ends at the first dot")
-    return images[0]
-
-
 def _index_shard(shard: str) -> list[Image]:
     """The images by the shard itself, fetched whole."""
     try:
-        with _memory_file(_fetch(shard)) as path:
+        with s3.memory_file(s3.fetch(shard)) as path:
             index = tar_index.index(path)
-    except _Absent as error:
-        raise DataError(f"cannot read '{shard}' ({_why(shard) or error}): {ACCESS}") from None
+    except s3.Absent as error:
+        raise DataError(f"cannot read '{shard}' ({s3.why(shard) or error}): {s3.ACCESS}") from None
     except ValueError as error:
         if isinstance(error, FastsslError):
             raise
@@ -366,9 +302,9 @@ def _index_shard(shard: str) -> list[Image]:
 
 def _fetch_piece(piece: _Piece) -> Bytes:
     try:
-        data = _fetch(piece.shard, piece.start, piece.length)
-    except _Absent as error:  # it was there: a store that is overloaded for a while looks the same
-        raise _BrokeOff(f"cannot read '{piece.shard}' ({_why(piece.shard) or error}): {ACCESS}") from None
+        data = s3.fetch(piece.shard, piece.start, piece.length)
+    except s3.Absent as error:  # it was there: a store that is overloaded for a while looks the same
+        raise s3.BrokeOff(f"cannot read '{piece.shard}' ({s3.why(piece.shard) or error}): {s3.ACCESS}") from None
     for name, image, header in _parts(piece, data):
         member = name[len(piece.shard) + 1 :]
         try:
@@ -379,8 +315,8 @@ def _fetch_piece(piece: _Piece) -> Bytes:
         named = head.name == member or len(member) >= 100 or not member.isascii()
         if head.size != len(image) or not named:
             raise DataError(
-                f"'{name}' is not where the index '{_index_path(piece.shard)}' says: the shard has been changed since, "
-                "make the index anew with DALI's wds2idx"
+                f"'{name}' is not where the index '{wds_index.path_of(piece.shard)}' says: the shard has been changed "
+                "since, make the index anew with DALI's wds2idx"
             )
     return data
 
@@ -394,156 +330,3 @@ def _parts(piece: _Piece, data: Bytes) -> Iterator[tuple[str, Bytes, Bytes]]:
     members = piece.members.decode("utf-8", "surrogateescape").split("\0")
     for member, at, length in zip(members, (piece.offsets - piece.start).tolist(), piece.lengths.tolist(), strict=True):
         yield f"{piece.shard}/{member}", data[at : at + length], data[at - BLOCK : at]
-
-
-class _Threads:
-    """Threads for requests; after the first error, or when closed, those that have not begun are not made."""
-
-    def __init__(self, count: int = 0) -> None:
-        self._pool = ThreadPoolExecutor(count or THREADS, "fastssl-s3")
-        self._error: Exception | None = None
-
-    def map(self, function: Callable[[Any], Any], arguments: Iterable[Any]) -> "list[Future[Any]]":
-        return [self._pool.submit(self._call, function, argument) for argument in arguments]
-
-    def _call(self, function: Callable[[Any], Any], argument: Any) -> Any:
-        for attempt in itertools.count(1):
-            if self._error:
-                raise self._error
-            try:
-                return function(argument)
-            except Exception as error:
-                again = isinstance(error, _BrokeOff)
-                if not again or attempt == ATTEMPTS:
-                    self._error = self._error or (DataError(str(error)) if again else error)
-                    raise self._error from None
-            time.sleep(PAUSE * 2 ** (attempt - 1))
-
-    def close(self) -> None:
-        """Waits for the requests under way: DALI cannot break them off, and must not be left with them at exit."""
-        self._error = self._error or DataError("the reader has been closed")
-        self._pool.shutdown(cancel_futures=True)
-
-
-@contextmanager
-def _closing(threads: _Threads) -> Iterator[_Threads]:
-    try:
-        yield threads
-    finally:
-        threads.close()
-
-
-def _gather(futures: "list[Future[Any]]") -> list[Any]:
-    """The results; the futures are emptied, so that nothing else holds them."""
-    results = [future.result() for future in futures]
-    futures.clear()
-    return results
-
-
-class _Absent(DataError):
-    """The store does not give the object: its answer does not say why."""
-
-
-class _BrokeOff(DataError):
-    """A connection failed, and may not the next time."""
-
-
-class _Failed(Exception):
-    """DALI could not read; the text is its reason."""
-
-
-def _fetch(path: str, offset: int = 0, length: int = 0) -> Bytes:
-    """`length` bytes of an object from `offset` on, or all of it.
-
-    Raises:
-        _Absent: there is no such object, or it may not be read.
-        _BrokeOff: worth another attempt.
-        DataError: any other reason.
-    """
-    try:
-        return _read_range(path, offset, length) if length else _read_object(path)
-    except _Failed as error:
-        reason = str(error)
-    # DALI's client tries again by itself, but not what broke off in the middle: it writes the second answer behind the
-    # beginning of the first, where there is no room.
-    if "flush response stream" in reason:
-        raise _BrokeOff(f"cannot read '{path}' (the connection broke off, again and again): is the store overloaded?")
-    if "Object not found" in reason and "curlCode" not in reason:
-        raise _Absent("it is not there, or may not be read")
-    if "Error reading from a file" in reason or "outside of the archive" in reason:
-        raise DataError(
-            f"cannot read '{path}' (it ends before byte {offset + length:,}): it is cut short, or has been changed "
-            f"since its index '{_index_path(path)}' was made with DALI's wds2idx"
-        )
-    kind = DataError if FINAL.search(reason) else _BrokeOff
-    raise kind(f"cannot read '{path}' ({reason or 'the store failed; DALI cannot read its answer'}): {ACCESS}")
-
-
-def _why(path: str) -> str:
-    """The store's reason for not giving an object; DALI asks for its head, to which the answer has none."""
-    try:
-        _run(lambda fn: fn.readers.file(file_root=path, lazy_init=True)[0])
-    except _Failed as error:
-        return "" if "o files found" in str(error) else str(error)
-    return ""
-
-
-def _read_object(path: str) -> Bytes:
-    # The reader goes two files ahead, and the end of the pipeline waits for that with Python's lock held: local ones
-    # need no request.
-    with _memory_file(np.zeros(1, np.uint8)) as other:
-        return _run(lambda fn: fn.readers.file(files=[path, other, other], lazy_init=True, dont_use_mmap=True)[0])
-
-
-def _read_range(path: str, offset: int, length: int) -> Bytes:
-    # As above: empty samples need no request.
-    index = f"v1.2 3\npiece {offset} {length} -\n" + 2 * "piece 0 0 -\n"
-    with _memory_file(np.frombuffer(index.encode(), np.uint8)) as index_path:
-        return _run(
-            lambda fn: fn.readers.webdataset(
-                paths=[path],
-                index_paths=[index_path],
-                ext=["piece"],
-                lazy_init=True,  # else requests are made in build(), which stops all of Python's threads
-                dont_use_mmap=True,
-                tensor_init_bytes=1,  # it allocates several of these beforehand
-            )
-        )
-
-
-def _run(reader: Callable[[Any], Any]) -> Bytes:
-    """The first sample of a DALI reader.
-
-    Raises:
-        FastsslError: DALI is not installed.
-        _Failed: it failed.
-    """
-    try:
-        from nvidia.dali import fn
-        from nvidia.dali.pipeline import Pipeline
-    except ImportError:
-        raise FastsslError(
-            "shards on s3:// are read by NVIDIA DALI: pip install fastssl[dali], or [dali-cu13]"
-        ) from None
-    pipeline = Pipeline(
-        batch_size=1, num_threads=1, device_id=None, prefetch_queue_depth=1, exec_pipelined=False, exec_async=False
-    )
-    try:
-        with pipeline:
-            pipeline.set_outputs(reader(fn))
-        pipeline.build()
-        return np.array(pipeline.run()[0][0])  # a copy: the pipeline's own goes with it
-    except RuntimeError as error:
-        text = str(error).partition("encountered:")[2] or str(error)
-        text = text.partition("Current pipeline object")[0].partition("C++ context")[0]
-        raise _Failed(" ".join(text.split()).strip(": ")) from None
-
-
-@contextmanager
-def _memory_file(data: Bytes) -> Iterator[str]:
-    """A path at which the data can be read, without a disk."""
-    number = os.memfd_create("fastssl")
-    with os.fdopen(number, "wb") as file:
-        file.write(data.data)
-        file.flush()
-        yield f"/proc/self/fd/{number}"

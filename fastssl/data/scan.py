@@ -12,14 +12,20 @@ from fastssl.data import is_named
 from fastssl.data.check import Finding, Item, check, start
 from fastssl.data.exclude import Exclusions, Report
 from fastssl.data.folder import disguised
-from fastssl.data.sources import open_stored
+from fastssl.data.sources import is_remote, not_on_disk, open_stored
 from fastssl.data.stored import StoredImages
 from fastssl.errors import FastsslError
 
 CHUNK = 32  # images that a process decodes before it tells
 
 
-def scan(data: str, workers: int, report: Report, progress: Callable[[int, int], None] = lambda done, all: None) -> int:
+def scan(
+    data: str,
+    workers: int,
+    report: Report,
+    progress: Callable[[int, int], None] = lambda done, all: None,
+    remark: Report = lambda name, reason: None,
+) -> int:
     """Decode every image of `data`.
 
     Args:
@@ -27,15 +33,16 @@ def scan(data: str, workers: int, report: Report, progress: Callable[[int, int],
         workers: processes.
         report: gets the name and the reason of everything that cannot be read: images, shards, folders.
         progress: gets how many images were decoded, and how many there are.
+        remark: gets what is odd and harmless, and need not be left out: empty folders with the name of an image.
 
     Returns:
         How many images there are, as far as shards and folders could be read.
 
     Raises:
-        FastsslError: there is nothing to scan.
+        FastsslError: there is nothing to scan on disk, or processes cannot be started.
     """
-    if is_named(data):
-        raise FastsslError(f"scan is for folders and shards of images, and {data} lies in memory")
+    if is_named(data) or is_remote(data):
+        raise not_on_disk("scan", data)
     findings = 0
 
     def found(name: str, reason: str) -> None:
@@ -45,7 +52,7 @@ def scan(data: str, workers: int, report: Report, progress: Callable[[int, int],
 
     parts = [images for images in open_stored(data, Exclusions(), found) if images is not None]
     for name in disguised(data) if os.path.isdir(data) else ():
-        found(name, "it is a folder with the name of an image")
+        remark(name, "it is a folder with the name of an image, and no images are below it")
     count, done = sum(map(len, parts)), 0
     if not count and not findings:
         raise FastsslError(f"no images in '{data}', and no shards")
@@ -83,8 +90,21 @@ def _in_processes(chunks: Iterator[list[Item]], workers: int) -> Iterator[tuple[
                         unfinished.remove(chunk)
                         yield len(chunk), bad
         except BrokenProcessPool:  # nobody knows which chunk it was
+            _check_start()
             yield from _one_by_one(unfinished)
             unfinished = []
+
+
+def _check_start() -> None:
+    """Raise if processes die of something else than images: every image would get the blame."""
+    try:
+        with _pool(1) as pool:
+            pool.submit(check, []).result()
+    except BrokenProcessPool:
+        raise FastsslError(
+            "the worker processes die at their start (they say above why, unless memory ran out): call scan from a "
+            'script in a file, below `if __name__ == "__main__":`, or use `python -m fastssl.data scan`'
+        ) from None
 
 
 def _one_by_one(chunks: list[list[Item]]) -> Iterator[tuple[int, list[Finding]]]:

@@ -5,13 +5,12 @@ import os
 import re
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from itertools import product
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from fastssl.data import tar_index, tfrecord
+from fastssl.data import braces, tar_index, tfrecord
 from fastssl.data.exclude import Exclusions, Report
 from fastssl.data.stored import RecordImages, TarImages
 from fastssl.errors import FastsslError
@@ -40,7 +39,7 @@ def named(data: str) -> Shards | None:
     if pattern == data and not pattern.endswith(TAR + RECORD) and not re.search(r"[*?\[{]", pattern):
         return None
     found: Shards = []
-    for expanded in _braces(pattern):
+    for expanded in braces.expand(pattern):
         files = [expanded] if os.path.isfile(expanded) else sorted(filter(os.path.isfile, glob.glob(expanded)))
         if not files:
             raise FastsslError(f"there is no shard '{expanded}'" + (f", of '{data}'" if expanded != data else ""))
@@ -176,18 +175,3 @@ def _labels(labels: list[int | None], classes: tuple[str, ...], shards: Shards) 
             f"{len(classes)}: classes count from 0"
         )
     return torch.tensor(known, dtype=torch.int64)
-
-
-def _braces(pattern: str) -> list[str]:
-    """The shell's {000..099} and {a,b}; other braces stay."""
-    pieces = re.split(r"(\{[^{}]*\})", pattern)
-    return ["".join(choice) for choice in product(*map(_choices, pieces))]
-
-
-def _choices(piece: str) -> list[str]:
-    if match := re.fullmatch(r"\{(\d+)\.\.(\d+)\}", piece):
-        first, last = match.groups()
-        if int(first) > int(last):
-            raise FastsslError(f"the range {piece} of shards runs backwards")
-        return [str(number).zfill(len(first)) for number in range(int(first), int(last) + 1)]
-    return piece[1:-1].split(",") if piece.startswith("{") and "," in piece else [piece]

@@ -1,5 +1,6 @@
 """Where images come from: the embedded set, CIFAR, folders, shards. A source knows its images, nothing random."""
 
+import hashlib
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,7 +27,9 @@ __all__ = [
     "StoredImages",
     "TarImages",
     "in_memory",
+    "is_remote",
     "load_image",
+    "not_on_disk",
     "open_source",
     "open_stored",
 ]
@@ -35,6 +38,8 @@ KINDS = (
     "a folder of images or shards, shards (SHARD.tar, 'GLOB/*.tar', tfrecord:GLOB, s3://BUCKET/…), "
     "embedded, cifar10 or cifar100"
 )
+REMOTE_PREFIX = "s3://"
+HASHED_TOGETHER = 1024  # images that may have to be copied for it
 MEMORY_LIMIT = 2**30  # bytes of uint8 pixels that stored images of equal size may take to be held in memory
 
 
@@ -42,12 +47,25 @@ MEMORY_LIMIT = 2**30  # bytes of uint8 pixels that stored images of equal size m
 class ArrayImages:
     """Images of one size in memory."""
 
-    pixels: Tensor  # N×3×H×W, uint8
+    pixels: Tensor  # N×3×H×W, uint8; in memory usually a view of N×H×W×3
     labels: Tensor | None  # N, int64
     classes: tuple[str, ...] = ()
 
     def __len__(self) -> int:
         return len(self.pixels)
+
+    @property
+    def groups(self) -> None:
+        """They lie in no shards."""
+        return None
+
+    @property
+    def digest(self) -> str:
+        """Equal only if the pixels are, all of them: images in memory have no names."""
+        state = hashlib.blake2b(f"{tuple(self.pixels.shape)}".encode(), digest_size=16)
+        for some in self.pixels.permute(0, 2, 3, 1).split(HASHED_TOGETHER):
+            state.update(some.contiguous().numpy())
+        return state.hexdigest()
 
     def subset(self, index: Tensor) -> "ArrayImages":
         """The images at `index`."""
@@ -82,7 +100,7 @@ def open_source(data: str, holdout: float = 0.0, seed: int = 0, exclude: Path | 
     """
     if not 0 <= holdout < 1:
         raise FastsslError(f"holdout must be at least 0 and below 1, got {holdout}")
-    if data.startswith("s3://"):
+    if is_remote(data):
         if holdout:
             raise FastsslError("--holdout is not for s3://, which is read in long runs and not here and there")
         excluded = Exclusions(None if exclude is None else Path(exclude), "")
@@ -163,6 +181,18 @@ def _shards_instead_of_images(root: Path, records: bool) -> shards.Shards:
     return found if found and (records or not len(find(root, Exclusions(), lambda name, reason: None))) else []
 
 
+def not_on_disk(command: str, data: str) -> FastsslError:
+    """The error of a command that is for images on disk, and got others."""
+    if is_remote(data):
+        return FastsslError(f"{command} works on local data: download the shards of '{data}' first")
+    return FastsslError(f"{command} is for folders and shards of images, and {data} lies in memory")
+
+
+def is_remote(data: str) -> bool:
+    """Whether `data` names shards that are fetched."""
+    return data.startswith(REMOTE_PREFIX)
+
+
 def root_of(data: str) -> str:
     """The folder that names in a list of exclusions may be relative to."""
     data = data.removeprefix(shards.RECORD_PREFIX)
@@ -203,7 +233,7 @@ def cifar(name: str, root: str = "") -> Source:
                 f"cannot download {name} to {folder} ({reason}): put torchvision's files there by hand, "
                 f"or name their folder: --data {name}:FOLDER"
             ) from None
-        pixels = torch.from_numpy(split.data).permute(0, 3, 1, 2).contiguous()
+        pixels = torch.from_numpy(split.data).permute(0, 3, 1, 2)
         splits.append(ArrayImages(pixels, torch.tensor(split.targets), tuple(split.classes)))
     return Source(name, *splits)
 
@@ -238,7 +268,8 @@ def in_memory(images: Images) -> Images:
         if image.size != (width, height):
             return images
         pixels[index] = np.asarray(image)
-    return ArrayImages(torch.from_numpy(pixels).permute(0, 3, 1, 2).contiguous(), images.labels, images.classes)
+    # A view: loaders want N×H×W×3, as it lies here, and a copy would take as much memory again.
+    return ArrayImages(torch.from_numpy(pixels).permute(0, 3, 1, 2), images.labels, images.classes)
 
 
 def _hold_out(source: Source, share: float, seed: int) -> Source:

@@ -1,8 +1,9 @@
 """Encoded images on disk, in files of their own or inside shards, behind one interface. Loads torch only for labels."""
 
+import hashlib
 import os
 import stat
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 OPEN_FILES = 128  # of the 1,024 that a process may usually have
+RUN = 1024  # records that a thread reads the labels of at a time: a future for each record would take a GB
 Integers = npt.NDArray[np.int64]
 
 
@@ -98,6 +100,11 @@ class FolderImages:
         """Files lie in no shards."""
         return None
 
+    @property
+    def digest(self) -> str:
+        """Equal only if the images' names and order are."""
+        return names_digest(map(self.name, range(len(self))))
+
     def name(self, index: int) -> str:
         """The path of image `index`."""
         return str(self.paths[index])
@@ -138,6 +145,11 @@ class TarImages:
     def groups(self) -> "Tensor":
         """In which shard each image lies: N, int64."""
         return _tensor(self.places[0])
+
+    @property
+    def digest(self) -> str:
+        """Equal only if the images' names and order are."""
+        return names_digest(map(self.name, range(len(self))))
 
     def name(self, index: int) -> str:
         """SHARD/MEMBER of image `index`."""
@@ -192,11 +204,15 @@ class RecordImages:
         if not len(self) or self._label(0) is None:
             return None
         with ThreadPoolExecutor(16) as threads:  # it is the disk that is waited for
-            labels = list(threads.map(self._label, range(len(self)), chunksize=64))
+            parts = threads.map(self._labels, range(0, len(self), RUN))
+            labels = [label for part in parts for label in part]
         for index, label in enumerate(labels):
             if label is None:
                 raise ImageError(self.name(index), f"it has no {tfrecord.LABEL}, and others have")
         return _tensor(np.array(labels, np.int64))
+
+    def _labels(self, first: int) -> list[int | None]:
+        return [self._label(index) for index in range(first, min(first + RUN, len(self)))]
 
     def _label(self, index: int) -> int | None:
         record = self._files.read(self.location(index)._replace(record=False), self.name(index))
@@ -204,6 +220,11 @@ class RecordImages:
             return tfrecord.label(record)
         except ValueError as error:
             raise ImageError(self.name(index), str(error)) from None
+
+    @property
+    def digest(self) -> str:
+        """Equal only if the images' names and order are."""
+        return names_digest(map(self.name, range(len(self))))
 
     def name(self, index: int) -> str:
         """FILE#NUMBER of image `index`."""
@@ -231,6 +252,14 @@ class RecordImages:
 
 
 StoredImages = FolderImages | TarImages | RecordImages
+
+
+def names_digest(names: Iterable[str]) -> str:
+    """Equal only if the names and their order are; it is kept in checkpoints."""
+    state = hashlib.blake2b(digest_size=16)
+    for number, name in enumerate(names):
+        state.update(("\n" + name if number else name).encode(errors="surrogateescape"))
+    return state.hexdigest()
 
 
 def _tensor(numbers: Integers) -> "Tensor":

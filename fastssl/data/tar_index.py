@@ -12,6 +12,7 @@ from fastssl.data.decode import EXTENSIONS
 
 BLOCK = 512
 ZEROS = bytes(BLOCK)
+Image = tuple[str, int, int]  # member, offset, length
 REGULAR, LINKS, WITHOUT_DATA = (b"0", b"\0", b"7"), (b"1", b"2"), (b"1", b"2", b"3", b"4", b"5", b"6")
 LONGEST_HEAD = 2**20  # of a name or a pax header: more is damage
 
@@ -28,7 +29,7 @@ class TarIndex:
 
 @dataclass
 class _Sample:
-    images: list[tuple[str, str, int, int]] = field(default_factory=list)  # extension, member, offset, length
+    images: list[tuple[str, Image]] = field(default_factory=list)  # with its extension
     label: int | None = None
 
 
@@ -53,7 +54,7 @@ def index(path: str) -> TarIndex:
             extension = "." + extension.lower()
             if extension.endswith(EXTENSIONS):
                 sample = samples.setdefault(folder + slash + stem, _Sample())
-                sample.images.append((extension, member, offset, length))
+                sample.images.append((extension, (member, offset, length)))
             elif extension == ".cls":
                 sample = samples.setdefault(folder + slash + stem, _Sample())
                 sample.label = _label(os.pread(file, length, offset), member)
@@ -62,7 +63,7 @@ def index(path: str) -> TarIndex:
     found = TarIndex()
     for key, sample in samples.items():
         if sample.images:
-            _, member, offset, length = _only_image(key, sample.images)
+            member, offset, length = only_image(key, sample.images)
             found.members.append(member)
             found.offsets.append(offset)
             found.lengths.append(length)
@@ -70,14 +71,22 @@ def index(path: str) -> TarIndex:
     return found
 
 
-def _only_image(key: str, images: list[tuple[str, str, int, int]]) -> tuple[str, str, int, int]:
-    """`a.jpg` is the image of sample a, whatever `a.mask.png` there is."""
+def only_image(key: str, images: list[tuple[str, Image]]) -> Image:
+    """The image of a sample: `a.jpg` is that of sample a, whatever `a.mask.png` there is.
+
+    Args:
+        key: of the sample.
+        images: its members that are images, each with its extension in small letters.
+
+    Raises:
+        ValueError: there are several.
+    """
     if len(images) > 1:
         images = [image for image in images if image[0] in EXTENSIONS] or images
     if len(images) > 1:
-        names = ", ".join(image[1] for image in images[:3])
+        names = ", ".join(image[0] for _, image in images[:3])
         raise ValueError(f"its sample '{key}' has {len(images)} images ({names}): a key ends at the first dot")
-    return images[0]
+    return images[0][1]
 
 
 def _label(text: bytes, member: str) -> int:

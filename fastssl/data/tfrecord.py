@@ -5,8 +5,6 @@ import struct
 from functools import cache
 from typing import Any
 
-from google.protobuf import descriptor_pb2, descriptor_pool, message, message_factory
-
 IMAGE, LABEL = "image/encoded", "image/class/label"
 
 
@@ -67,6 +65,8 @@ def label(record: bytes) -> int | None:
 
 
 def _features(record: bytes) -> Any:
+    from google.protobuf import message
+
     try:
         return _example().FromString(record).features.feature
     except message.DecodeError:
@@ -76,6 +76,8 @@ def _features(record: bytes) -> Any:
 @cache
 def _example() -> Any:
     """The message class of tensorflow/core/example/example.proto, in a pool of its own: TensorFlow may be there too."""
+    from google.protobuf import descriptor_pb2, descriptor_pool, message_factory  # only who has TFRecords needs them
+
     kind = descriptor_pb2.FieldDescriptorProto
     file = descriptor_pb2.FileDescriptorProto(name="example.proto", package="tensorflow", syntax="proto3")
 

@@ -22,7 +22,8 @@ class TorchvisionLoader:
 
     def __init__(self, images: Images, views: tuple[View, ...], order: Order, options: Loading) -> None:
         self.order, self.options = order, options
-        self._epoch = _Epoch()
+        self._epoch = _Epoch(order)
+        self._open = False
         self._loader = DataLoader(
             _Views(images, views, options),
             batch_sampler=self._epoch,
@@ -40,13 +41,17 @@ class TorchvisionLoader:
 
     def batches(self, epoch: int, start: int = 0) -> Iterator[list[Tensor]]:
         """See `Loader`."""
-        self._epoch.samples = [
-            [(epoch, index) for index in batch.tolist()] for _, batch in self.order.batches(epoch, start)
-        ]
-        for batch in self._loader:
-            if isinstance(batch, FastsslError):
-                raise batch
-            yield [view.to(self.options.device, non_blocking=True) for view in batch]
+        if self._open:
+            raise FastsslError("an iterator of this loader has not come to its end: close() it before the next")
+        self._open = True
+        self._epoch.place = epoch, start
+        try:
+            for batch in self._loader:
+                if isinstance(batch, FastsslError):
+                    raise batch
+                yield [view.to(self.options.device, non_blocking=True) for view in batch]
+        finally:
+            self._open = False
 
     @property
     def executor(self) -> dict[str, str]:
@@ -55,16 +60,19 @@ class TorchvisionLoader:
 
 
 class _Epoch(Sampler[list[tuple[int, int]]]):
-    """A batch sampler whose content the loader sets before each epoch; the workers stay."""
+    """A batch sampler whose place the loader sets before each epoch; the workers stay."""
 
-    def __init__(self) -> None:
-        self.samples: list[list[tuple[int, int]]] = []
+    def __init__(self, order: Order) -> None:
+        self.order = order
+        self.place = (0, 0)  # epoch, batch
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
-        return iter(self.samples)
+        epoch, start = self.place
+        for _, batch in self.order.batches(epoch, start):
+            yield [(epoch, index) for index in batch.tolist()]
 
     def __len__(self) -> int:
-        return len(self.samples)
+        return len(self.order) - self.place[1]
 
 
 Sample = list[Tensor] | FastsslError

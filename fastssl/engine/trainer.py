@@ -49,7 +49,7 @@ class Trainer:
         torch.backends.cudnn.benchmark = True
         augmentation = aug.load(config.augmentation)
         loading = Loading(
-            config.loader, config.color, self.device,
+            config.loader, config.color, self.device, self.dtype or torch.float32,
             workers=min(8, torch.get_num_threads()) if config.workers is None else config.workers,
             prefetch=config.prefetch, seed=config.seed, last_batch=config.last_batch,
         )  # fmt: skip

@@ -6,7 +6,7 @@ from fastssl.ops.backend import use_backend
 from fastssl.ops.ema import ema_update_
 from fastssl.ops.info_nce import InfoNCE, info_nce
 from fastssl.ops.normalized_mse import normalized_mse
-from fastssl.ops.photometric import ColorJitter, GaussianBlur, Grayscale, RandomErasing, Solarize
+from fastssl.ops.photometric import ColorJitter, GaussianBlur, Grayscale, RandomErasing, Solarize, draw_augmentation
 from fastssl.ops.queue import KeyQueue
 from fastssl.ops.shuffle import shuffle_batch, unshuffle_and_gather, unshuffle_batch
 
@@ -21,6 +21,7 @@ __all__ = [
     "RandomErasing",
     "Solarize",
     "augment_",
+    "draw_augmentation",
     "ema_update_",
     "info_nce",
     "normalized_mse",

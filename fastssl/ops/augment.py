@@ -7,7 +7,7 @@ from torch import Tensor
 
 from fastssl.errors import FastsslError
 from fastssl.ops import backend, blur, library, reference
-from fastssl.ops.photometric import COLUMNS, PHOTOMETRIC, GaussianBlur, Step, check_steps, draw
+from fastssl.ops.photometric import COLUMNS, PHOTOMETRIC, GaussianBlur, Step, check_steps, draw_augmentation
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
@@ -22,7 +22,7 @@ def augment_(
     generator: torch.Generator | None = None,
     mean: Sequence[float] = IMAGENET_MEAN,
     std: Sequence[float] = IMAGENET_STD,
-    dtype: torch.dtype = torch.float32,
+    dtype: torch.dtype | None = None,
     out: Tensor | None = None,
 ) -> Tensor:
     """Augment the colours of every image by itself, and give (image / 255 - mean) / std.
@@ -32,17 +32,19 @@ def augment_(
     the values are whole numbers from 0 to 255, as they are between those of torchvision and PIL. What is drawn is told
     by SimCLR (arXiv:2002.05709, appendix A), MoCo v2 (arXiv:2003.04297) and BYOL (arXiv:2006.07733, appendix B).
 
+    Nothing flows back through it: it is for data. The underscore says that `out` is written in place.
+
     Args:
-        images: N×H×W×3, uint8. They are used up: what they hold afterwards is undefined.
+        images: N×H×W×3, uint8; not changed.
         steps: ColorJitter, Grayscale, GaussianBlur, Solarize and RandomErasing, each at most once, in the order in
             which they are done.
         parameters: N×12 float32 with the columns `fastssl.ops.photometric.COLUMNS`, one row an image, on the CPU or
-            with the images, as `fastssl.ops.photometric.draw` gives them. Without them they are drawn here.
+            with the images, as `draw_augmentation` gives them. Without them they are drawn here.
         generator: to draw from, on the CPU.
         mean: of the three channels, of 1.
         std: of the three channels, of 1.
-        dtype: of the result: float32, bfloat16, float16 or float64.
-        out: the result is written here, if given.
+        dtype: of the result: float32, bfloat16, float16 or float64. Default: that of `out`, else float32.
+        out: the result is written here, if given: N×3×H×W in channels_last order.
 
     Returns:
         N×3×H×W in channels_last order, on the device of `images`.
@@ -59,10 +61,14 @@ def augment_(
         torch.Size([8, 3, 32, 32])
     """
     check_steps(steps)
+    if dtype is None:
+        dtype = torch.float32 if out is None else out.dtype
     _check_images(images, mean, std, dtype)
     _check_blur(steps, images)
     if parameters is None:
-        parameters = draw(steps, len(images), (images.shape[1], images.shape[2]), generator)
+        parameters = draw_augmentation(steps, len(images), (images.shape[1], images.shape[2]), generator)
+    elif generator is not None:
+        raise FastsslError("give augment_ parameters or a generator to draw them from, not both")
     _check_parameters(parameters, images, steps)
     if out is None:
         count, height, width, _ = images.shape
@@ -72,9 +78,8 @@ def augment_(
     else:
         _check_out(out, images, dtype)
     if images.numel():
-        parameters = parameters.to(images.device, non_blocking=True)
         run = backend.implementation("augment_", images.device, dtype)
-        run(images.contiguous(), out, parameters.contiguous(), tuple(steps), tuple(mean), tuple(std))
+        run(images.contiguous(), out, parameters, tuple(steps), tuple(mean), tuple(std))
     return out
 
 
@@ -135,14 +140,17 @@ def _fused(
     for step in steps:
         if isinstance(step, GaussianBlur):
             sigma = parameters[:, COLUMNS.index("sigma")]
-            rows, columns = (blur.table(step, sigma, side) for side in images.shape[1:3])
+            rows = columns = blur.table(step, sigma, images.shape[1])
+            if images.shape[1] != images.shape[2]:
+                columns = blur.table(step, sigma, images.shape[2])
+    parameters, rows, columns = (x.to(images.device, non_blocking=True) for x in (parameters, rows, columns))
     numbers = [PHOTOMETRIC.index(type(step)) for step in steps]
-    library.call("augment", name, images, out, parameters, rows, columns, numbers, mean, std)
+    library.call("augment", name, images, out, parameters.contiguous(), rows, columns, numbers, mean, std)
 
 
 library.define(
     "augment",
-    "(Tensor(a!) images, Tensor(b!) out, Tensor parameters, Tensor blur_rows, Tensor blur_columns, int[] steps, "
+    "(Tensor images, Tensor(a!) out, Tensor parameters, Tensor blur_rows, Tensor blur_columns, int[] steps, "
     "float[] mean, float[] std) -> ()",
     kernel="augment.augment",
     fake=lambda *_: None,

@@ -23,7 +23,14 @@ def table(step: GaussianBlur, sigma: Tensor, side: int) -> Tensor:
     Returns:
         N×T×T float32 on the device of `sigma`; the rows of images that are not blurred mean nothing.
     """
-    return matrix(step, sigma, min(2 * reach(step) + 1, side), reach(step)).float()
+    extent = reach(step)
+    rows = min(2 * extent + 1, side)
+    if sigma.device.type != "cpu" or torch.compiler.is_compiling():
+        return matrix(step, sigma, rows, extent).float()
+    blurred = (sigma > 0).nonzero().squeeze(1)  # elsewhere that would wait for the device
+    return sigma.new_zeros(len(sigma), rows, rows).index_copy_(
+        0, blurred, matrix(step, sigma[blurred], rows, extent).float()
+    )
 
 
 def reach(step: GaussianBlur) -> int:
@@ -33,7 +40,8 @@ def reach(step: GaussianBlur) -> int:
 
 def matrix(step: GaussianBlur, sigma: Tensor, side: int, extent: int) -> Tensor:
     """N×side×side float64: the whole blur of lines of `side` pixels, for an influence over `extent` pixels at most."""
-    sigma = sigma.double().clamp(min=1e-3).view(-1, 1, 1)
+    # More than the step's range would not fit into the table and darken the image.
+    sigma = sigma.double().clamp(1e-3, step.sigma[1]).view(-1, 1, 1)
     if step.kernel_size:
         return _gaussian(sigma, side, extent)
     return _boxes(sigma, side, extent // 3)
@@ -41,13 +49,17 @@ def matrix(step: GaussianBlur, sigma: Tensor, side: int, extent: int) -> Tensor:
 
 def _gaussian(sigma: Tensor, side: int, half: int) -> Tensor:
     """A Gaussian of 2·half + 1 taps with reflected borders, as torchvision's gaussian_blur."""
-    index = torch.arange(-half, side + half, device=sigma.device)
-    distance = index.view(1, -1) - index[half : side + half].view(-1, 1)  # side×(side + 2·half)
-    weights = (-0.5 * (distance / sigma) ** 2).exp() * (distance.abs() <= half)
-    weights = weights / weights.sum(2, keepdim=True)
-    source = index.abs()
-    source = torch.where(source >= side, 2 * (side - 1) - source, source)
-    return _folded(weights, source, side)
+    distance = torch.arange(half + 1, device=sigma.device)
+    taps = (-0.5 * (distance / sigma) ** 2).exp()  # N×1×(half + 1)
+    taps = taps / (2 * taps.sum(2, keepdim=True) - taps[:, :, :1])
+    taps = torch.nn.functional.pad(taps.squeeze(1), (0, 1))  # a last one of 0 for all that is farther away
+    pixel = torch.arange(side, device=sigma.device)
+    row, column, last = pixel.view(-1, 1), pixel, side - 1
+    # A pixel counts by itself and, but for the outermost, as its mirror images beyond the two borders.
+    result = taps[:, (row - column).abs().clamp(max=half + 1)]
+    result += taps[:, (row + column).clamp(max=half + 1)] * (column > 0)
+    result += taps[:, (2 * last - row - column).clamp(max=half + 1)] * (column < last)
+    return result
 
 
 def _boxes(sigma: Tensor, side: int, extent: int) -> Tensor:

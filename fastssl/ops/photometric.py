@@ -12,6 +12,7 @@ from torch import Tensor
 from fastssl.errors import FastsslError
 
 Range = tuple[float, float]
+TRIES = 10  # boxes that torchvision tries before it gives up
 
 # The columns of a table of parameters, one row an image. Where a step is not to be done its columns hold what does
 # nothing: factors 1, a turn of 0, grayscale 0, sigma 0, a threshold above 1, a rectangle of height 0.
@@ -48,14 +49,14 @@ class Step:
             if field.type in (float, int) and not is_number(value, whole=field.type is int):
                 kind = "a whole number" if field.type is int else "a number"
                 raise FastsslError(f"{self.name}: {field.name} must be {kind}, got {value!r}")
-        for name in ("area", "aspect", "sigma"):
-            self._check_range(name)
+            if field.type == Range:
+                self._check_range(field.name)
         p = getattr(self, "p", 1.0)
         if not 0 <= p <= 1:
             raise FastsslError(f"{self.name}: p must lie in 0…1, got {p!r}")
 
     def _check_range(self, name: str) -> None:
-        bounds = getattr(self, name, (1.0, 1.0))
+        bounds = getattr(self, name)
         numbers = isinstance(bounds, tuple) and len(bounds) == 2 and all(map(is_number, bounds))
         if not numbers or not 0 < bounds[0] <= bounds[1]:
             raise FastsslError(f"{self.name}: {name} must be [low, high] with 0 < low <= high, got {bounds!r}")
@@ -131,7 +132,9 @@ class RandomErasing(Step):
 PHOTOMETRIC: tuple[type[Step], ...] = (ColorJitter, Grayscale, GaussianBlur, Solarize, RandomErasing)
 
 
-def draw(steps: Sequence[Step], count: int, size: tuple[int, int], generator: torch.Generator | None = None) -> Tensor:
+def draw_augmentation(
+    steps: Sequence[Step], count: int, size: tuple[int, int], generator: torch.Generator | None = None
+) -> Tensor:
     """Draw the parameters of `steps` for `count` images, each for itself.
 
     Args:
@@ -163,10 +166,10 @@ def check_steps(steps: Sequence[Step]) -> None:
         ValueError: a step that is not photometric, or two of one kind.
     """
     for index, step in enumerate(steps):
-        if not isinstance(step, PHOTOMETRIC):
+        if type(step) not in PHOTOMETRIC:
             known = ", ".join(kind.__name__ for kind in PHOTOMETRIC)
             raise FastsslError(f"augment_ knows {known}; got {step!r}")
-        if any(isinstance(step, type(other)) for other in steps[:index]):
+        if type(step) in map(type, steps[:index]):
             raise FastsslError(f"augment_ does each kind of step once; {step.name} comes twice")
 
 
@@ -187,23 +190,25 @@ def _draw(
         return {"threshold": torch.full((count,), step.threshold)}
     if isinstance(step, RandomErasing):
         aspect = 1 / step.aspect[1], 1 / step.aspect[0]  # of the crop: width / height
-        boxes = first_fitting(torch.rand(count, 10, 4, generator=generator), size, step.area, aspect, margin=1).float()
+        boxes = first_fitting(
+            torch.rand(count, TRIES, 4, generator=generator), size, step.area, aspect, margin=1
+        ).float()
         return dict(zip(("top", "left", "height", "width"), boxes.unbind(1), strict=True))
     return {"grayscale": torch.ones(count)}
 
 
 def first_fitting(tries: Tensor, size: tuple[int, int], area: Range, aspect: Range, margin: int = 0) -> Tensor:
-    """The first of ten random boxes that lies within the image: torchvision's sampling of crops and erasings.
+    """The first of some random boxes that lies within the image: torchvision's sampling of crops and erasings.
 
     Args:
-        tries: N×10×4 uniform numbers in 0…1: area, aspect, top, left.
+        tries: N×`TRIES`×4 uniform numbers in 0…1: area, aspect, top, left.
         size: height and width of the image.
         area: bounds of the box's share of the image.
         aspect: bounds of width / height.
         margin: pixels by which a box must be smaller than the image: 1 for erasing.
 
     Returns:
-        N×4 int64: top, left, height, width; all 0 where none of the ten fits.
+        N×4 int64: top, left, height, width; all 0 where none fits.
     """
     height, width = size
     areas = height * width * (area[0] + (area[1] - area[0]) * tries[..., 0])

@@ -26,7 +26,7 @@ import torch
 from fastssl.ops import (
     ColorJitter, GaussianBlur, Grayscale, RandomErasing, Solarize, augment_, info_nce, normalized_mse, use_backend
 )
-from fastssl.ops.photometric import draw
+from fastssl.ops.photometric import draw_augmentation
 
 from fastssl import _extension
 
@@ -50,7 +50,7 @@ for dtype, tolerance in ((torch.float32, 1e-5), (torch.bfloat16, 2e-2)):
                 assert ((a - b).abs() <= tolerance * scale).all(), (dtype, n, m, d, (a - b).abs().max())
 steps = [ColorJitter(1, 1, 1, 0.5), Grayscale(0.3), GaussianBlur(p=0.5), Solarize(p=0.3), RandomErasing()]
 for size in ((1, 1), (7, 5), (40, 33), (16, 128)):
-    images, parameters = torch.randint(256, (20, *size, 3), dtype=torch.uint8), draw(steps, 20, size)
+    images, parameters = torch.randint(256, (20, *size, 3), dtype=torch.uint8), draw_augmentation(steps, 20, size)
     for dtype, tolerance in ((torch.float32, 1e-5), (torch.bfloat16, 8e-3), (torch.float16, 1e-3)):
         native = augment_(images.clone(), steps, parameters, dtype=dtype)
         with use_backend("reference"):

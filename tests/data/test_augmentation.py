@@ -10,7 +10,7 @@ from fastssl.errors import FastsslError
 from fastssl.ops.photometric import Step
 
 
-def step(view: aug.View, kind: type[Step]) -> aug.Step:
+def step(view: aug.View, kind: type[Step]) -> Step:
     [found] = [s for s in view.steps if isinstance(s, kind)]
     return found
 

@@ -26,7 +26,7 @@ from fastssl.data.order import Order
 from fastssl.data.sources import ArrayImages, FolderImages, Images, load_image, open_source
 from fastssl.errors import DataError, FastsslError
 from fastssl.ops import GaussianBlur, Grayscale, Solarize
-from fastssl.ops.photometric import draw
+from fastssl.ops.photometric import draw_augmentation
 from tests.data.test_geometry import expected
 from tests.ops.test_augment import published_blur, values
 from tests.ops.test_augment import replayed as replayed_color
@@ -73,7 +73,8 @@ VIEWS = {
     "crop": View(32, (RandomResizedCrop((0.2, 1.0)), HorizontalFlip(0.5)), **NEITHER),
     "bicubic": View(24, (RandomResizedCrop((0.08, 1.0), interpolation="bicubic"), HorizontalFlip(0.5)), **NEITHER),
     "enlarged": View(96, (RandomResizedCrop((0.2, 1.0)), HorizontalFlip(0.5)), **NEITHER),
-    "shift": View(32, (RandomShift(4), HorizontalFlip(0.5)), **NEITHER),
+    "shift": View(32, (HorizontalFlip(0.5), RandomShift(4)), **NEITHER),
+    "crop and shift": View(32, (RandomResizedCrop((0.2, 1.0)), RandomShift(4), HorizontalFlip(0.5)), **NEITHER),
     "evaluation": View(32, (), **NEITHER),
 }
 
@@ -116,7 +117,7 @@ def test_whole_recipes_are_torchvisions(name: str) -> None:
     total, above = 0.0, 0
     for number, [ours] in enumerate(loader.batches(0)):
         drawn = geometry.draw(view, batch, loader.generator(number, 0, 0, "geometry"))
-        colors = draw(view.photometric, batch, (32, 32), loader.generator(number, 0, 0, "color"))
+        colors = draw_augmentation(view.photometric, batch, (32, 32), loader.generator(number, 0, 0, "color"))
         rows = range(number * batch, (number + 1) * batch)
         for row, x in enumerate(expected(view, [images.pixels[i] for i in rows], drawn)):
             for step in view.photometric:
@@ -190,13 +191,10 @@ def test_resumes_at_any_batch(source: str, color: str, sources: dict[str, Images
     assert len(whole) == 16
     assert not equal(epochs[0], epochs[1])
     cuts = 50 if color == "exact" else 5
-    resumed = make(images, color=color)  # one for all, so it is also abandoned in mid-epoch again and again
+    resumed = make(images, color=color)
     for _ in range(cuts):
         epoch, start = cut.randrange(3), cut.randrange(16)
-        batches = resumed.batches(epoch, start)
-        upto = cut.randrange(start, 16) + 1
-        assert equal([next(batches) for _ in range(start, upto)], epochs[epoch][start:upto])
-        del batches
+        assert equal(list(resumed.batches(epoch, start)), epochs[epoch][start:])
     assert equal(list(make(images, color=color).batches(2, 5)), epochs[2][5:])
 
 
@@ -244,6 +242,40 @@ def test_an_epoch_abandoned_leaves_nothing_behind(sources: dict[str, Images]) ->
             next(batches)
         del batches
         gc.collect()
+    assert equal(list(loader.batches(1)), expected_batches)
+
+
+def test_one_iterator_at_a_time(sources: dict[str, Images]) -> None:
+    for kind in ("dali", "torchvision"):
+        loader = make_loader(sources["arrays"], aug.load("moco_v2_small"), 4, Loading(kind, workers=0))
+        first = loader.batches(0)
+        next(first)
+        with pytest.raises(FastsslError, match="has not come to its end"):
+            next(loader.batches(1))
+        del first
+        assert len(list(loader.batches(1))) == 16
+
+
+@pytest.mark.parametrize("where", ["_colors", "_geometry", "_take"])
+def test_an_interruption_leaves_nothing_behind(
+    where: str, sources: dict[str, Images], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever half of a batch was in the pipeline must not come out first the next time."""
+    loader = make(sources["folder"])
+    expected_batches = list(loader.batches(1))
+    method, calls = getattr(DaliLoader, where), 0
+
+    def interrupted(self: DaliLoader, *arguments: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        if calls == 8:
+            raise KeyboardInterrupt
+        return method(self, *arguments)
+
+    monkeypatch.setattr(DaliLoader, where, interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        list(loader.batches(0))
+    assert calls == 8
     assert equal(list(loader.batches(1)), expected_batches)
 
 
@@ -309,7 +341,7 @@ def test_what_dali_cannot_do_is_named() -> None:
     for view, match in ((late, "order the steps so, or use --loader torchvision"), (twice, "comes twice")):
         with pytest.raises(FastsslError, match=match):
             make_loader(arrays(4), aug.Augmentation((view,)), 2, EXACT)
-    with pytest.raises(FastsslError, match="color must be exact or dali, got 'exakt'"):
+    with pytest.raises(FastsslError, match="color must be one of exact, dali, got 'exakt'"):
         make(arrays(4), color="exakt")
 
 

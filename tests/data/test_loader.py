@@ -84,6 +84,10 @@ def test_what_cannot_be_loaded_is_named(image_folder: Path, monkeypatch: pytest.
         make_loader(images, recipe, 7, Loading(world=2))
     with pytest.raises(FastsslError, match="last_batch must be one of drop, fill, partial, got 'pad'"):
         make_loader(images, recipe, 4, Loading(last_batch="pad"))
+    with pytest.raises(FastsslError, match="partial is for one process"):
+        make_loader(images, recipe, 4, Loading(last_batch="partial", world=2))
+    with pytest.raises(FastsslError, match="--color dali needs --loader dali"):
+        make_loader(images, recipe, 4, Loading("torchvision", "dali"))
     with pytest.raises(FastsslError, match="loader must be auto, dali or torchvision, got 'batched'"):
         make_loader(images, recipe, 4, Loading("batched"))
     monkeypatch.setattr(loaders, "find_spec", lambda name: None)

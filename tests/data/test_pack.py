@@ -1,6 +1,7 @@
 """Packing a folder into shards and opening them again."""
 
 import errno
+import os
 import tarfile
 from pathlib import Path
 from typing import Any
@@ -10,9 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fastssl.data import __main__ as command
-from fastssl.data import tar_index
+from fastssl.data import tar_index, wds_index
 from fastssl.data.pack import pack, size
-from fastssl.data.remote_shards import parse_index
 from fastssl.data.sources import FolderImages, TarImages, open_source
 from fastssl.errors import DataError, FastsslError
 from tests.data.pictures import example, write_records
@@ -47,7 +47,7 @@ def test_indexes_tell_where_the_images_lie(image_folder: Path, tmp_path: Path) -
     for path in (tmp_path / "out").glob("*.tar"):
         found = tar_index.index(str(path))
         listed = list(zip(found.members, found.offsets, found.lengths, strict=True))
-        assert parse_index(path.with_suffix(".idx").read_text()) == listed
+        assert wds_index.parse(path.with_suffix(".idx").read_text()) == listed
 
 
 def test_the_seed_decides_the_bytes(image_folder: Path, tmp_path: Path) -> None:
@@ -143,6 +143,47 @@ def test_ctrl_c_leaves_nothing(image_folder: Path, tmp_path: Path) -> None:
     with pytest.raises(KeyboardInterrupt):
         pack(open_source(str(image_folder)), tmp_path / "out", images_per_shard=1, workers=2, progress=progress)
     assert list((tmp_path / "out").iterdir()) == []
+
+
+@pytest.mark.parametrize("how", [KeyboardInterrupt, PermissionError])
+@pytest.mark.parametrize("after", [0, 3, 8])
+def test_an_interruption_among_the_last_moves_leaves_nothing(
+    how: type[BaseException], after: int, image_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And another one, while that is tidied up, what nobody takes for whole data."""
+    out, moves, replace, unlink = tmp_path / "out", 0, os.replace, Path.unlink
+
+    def interrupted(source: Path, target: Path) -> None:
+        nonlocal moves
+        if Path(target).parent == out:
+            moves += 1
+            if moves > after:
+                raise how
+        replace(source, target)
+
+    monkeypatch.setattr("os.replace", interrupted)
+    with pytest.raises(how):
+        pack(open_source(str(image_folder)), out, images_per_shard=3)
+    assert list(out.iterdir()) == []
+    if after:
+        moves = 0
+
+        def again(path: Path, missing_ok: bool = False) -> None:
+            if path.parent == out:
+                raise KeyboardInterrupt
+            unlink(path, missing_ok)
+
+        monkeypatch.setattr(Path, "unlink", again)
+        with pytest.raises(KeyboardInterrupt):
+            pack(open_source(str(image_folder)), out, images_per_shard=3)
+        with pytest.raises(FastsslError, match="half packed"):
+            open_source(str(out))
+
+
+def test_remote_shards_are_refused_before_anything_is_fetched(tmp_path: Path) -> None:
+    for arguments in (["pack", "s3://b/a.tar", str(tmp_path)], ["scan", "s3://b/{0..9}.tar"]):
+        with pytest.raises(FastsslError, match=rf"{arguments[0]} works on local data: download the shards of 's3://b/"):
+            command.main(arguments)
 
 
 def test_what_a_killed_packing_leaves_is_not_taken_for_whole(image_folder: Path, tmp_path: Path) -> None:

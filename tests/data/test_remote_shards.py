@@ -14,9 +14,10 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
-from fastssl.data import remote_shards
-from fastssl.data.remote_shards import RemoteShards, expand, parse_index
+from fastssl.data import remote_shards, s3, wds_index
+from fastssl.data.remote_shards import RemoteShards, expand
 from fastssl.errors import DataError, FastsslError
 from tests.data.object_store import Store, running, tar, wds2idx
 
@@ -65,7 +66,7 @@ def store(the_store: Store, monkeypatch: pytest.MonkeyPatch) -> Iterator[Store]:
     """Small pieces, so that there are many; faults end with the test."""
     monkeypatch.setattr(remote_shards, "PIECE", 8192)
     monkeypatch.setattr(remote_shards, "GROUP", 8)
-    monkeypatch.setattr(remote_shards, "PAUSE", 0.01)
+    monkeypatch.setattr(s3, "PAUSE", 0.01)
     the_store.requests()
     yield the_store
     the_store.requests()
@@ -152,6 +153,8 @@ def test_names_are_left_out(store: Store, members: dict[str, bytes]) -> None:
     kept = {n: d for n, d in members.items() if n not in images and not n.startswith(PATHS[4])}
     assert dict(flat(drain(shards.batches(0, batch_size=1, seed=0)))) == kept
     assert shards.digest != RemoteShards(PATHS).digest
+    some, others = (shards.subset(torch.tensor([first, 5])) for first in (0, 1))
+    assert some.digest == shards.subset(torch.tensor([0, 5])).digest != others.digest
 
 
 @needs_dali
@@ -206,7 +209,7 @@ def test_faults_of_the_store_name_the_shard(
     with pytest.raises(DataError, match=rf"'s3://bucket/set/train-02\.tar' \(.*({reason}).*AWS_ACCESS_KEY_ID"):
         drain(shards.batches(0, batch_size=4, seed=0))
     asked = [path for m, path, _ in store.requests() if m == method and path == "/bucket/set/train-02.tar"]
-    assert len(asked) <= 3 * remote_shards.THREADS * remote_shards.ATTEMPTS
+    assert len(asked) <= 3 * s3.THREADS * s3.ATTEMPTS
 
 
 @needs_dali
@@ -214,7 +217,7 @@ def test_faults_of_the_store_name_the_shard(
 def test_a_store_that_hangs_ends_in_an_error(
     store: Store, members: dict[str, bytes], monkeypatch: pytest.MonkeyPatch, kind: str
 ) -> None:
-    monkeypatch.setattr(remote_shards, "ATTEMPTS", 1)
+    monkeypatch.setattr(s3, "ATTEMPTS", 1)
     shards = RemoteShards(PATHS)
     store.fault("bucket/set/train-02.tar", kind)
     with pytest.raises(DataError, match=r"'s3://bucket/set/train-02\.tar' \(.*curlCode: 28"):
@@ -259,16 +262,16 @@ def test_damaged_shards_and_indexes(store: Store) -> None:
 
 def test_an_index() -> None:
     text = "v1.2 2\njson 512 2 a/1.json jpg 1536 7 a/1.jpg mask.png 3072 9 a/1.mask.png\ncls 4096 1 2.cls\n"
-    assert parse_index(text) == [("a/1.jpg", 1536, 7)]
+    assert wds_index.parse(text) == [("a/1.jpg", 1536, 7)]
     for wrong, reason in (
         ("", "begins with ''"),
         ("v1.2 2\njpg 512 1 a.jpg\n", "1 of the 2 samples"),
         ("v1.2 1\njpg 512 1 a b.jpg\n", "line 2 .*spaces"),
         ("v1.2 1\njpg 600 1 a.jpg\n", "line 2 'a.jpg' is at byte 600"),
-        ("v1.2 1\njpg 512 1 a.jpg png 1536 1 a.png\n", r"sample 'a\.' has 2 images"),
+        ("v1.2 1\njpg 512 1 a.jpg png 1536 1 a.png\n", r"sample 'a' has 2 images \(a\.jpg, a\.png\)"),
     ):
         with pytest.raises(ValueError, match=reason):
-            parse_index(wrong)
+            wds_index.parse(wrong)
 
 
 def test_braces() -> None:
@@ -299,11 +302,12 @@ def run(program: str, url: str) -> "subprocess.CompletedProcess[str]":
     )  # fmt: skip
 
 
+@pytest.mark.slow  # DALI's client waits for 12 s
 @needs_dali
 def test_no_store_at_all() -> None:
     program = """
-        from fastssl.data import remote_shards
-        remote_shards.ATTEMPTS = 1
+        from fastssl.data import remote_shards, s3
+        s3.ATTEMPTS = 1
         remote_shards.RemoteShards(["s3://bucket/a.tar"])
     """
     ended = run(program, "http://127.0.0.1:9")
@@ -312,13 +316,14 @@ def test_no_store_at_all() -> None:
     assert "127.0.0.1" in ended.stderr.splitlines()[-1]
 
 
+@pytest.mark.slow  # DALI's client waits for 12 s
 @needs_dali
 def test_a_process_ends_though_requests_are_under_way(
     store: Store, members: dict[str, bytes], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     program = """
-        from fastssl.data import remote_shards
-        remote_shards.PIECE, remote_shards.GROUP, remote_shards.ATTEMPTS = 8192, 2, 1
+        from fastssl.data import remote_shards, s3
+        remote_shards.PIECE, remote_shards.GROUP, s3.ATTEMPTS = 8192, 2, 1
         shards = remote_shards.RemoteShards(remote_shards.expand("s3://bucket/set/train-{00..05}.tar"))
         batches = shards.batches(0, batch_size=2, seed=0)
         print(len(next(batches)))
@@ -333,6 +338,24 @@ def test_a_process_ends_though_requests_are_under_way(
     assert time.monotonic() - began < 20
     asked = {"s3:/" + path for method, path, _ in store.requests() if method == "GET"}
     assert asked - first, "nothing hung"
+
+
+def test_a_pause_before_another_attempt_ends_with_the_reader(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(s3, "PAUSE", 60.0)
+    asked = threading.Event()
+
+    def breaks_off(argument: object) -> None:
+        asked.set()
+        raise s3.BrokeOff("again")
+
+    threads = s3.Threads()
+    (future,) = threads.map(breaks_off, [None])
+    assert asked.wait(10)
+    began = time.monotonic()
+    threads.close()
+    assert time.monotonic() - began < 10
+    with pytest.raises(DataError, match="has been closed"):
+        future.result()
 
 
 def test_without_dali(monkeypatch: pytest.MonkeyPatch) -> None:

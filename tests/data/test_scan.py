@@ -5,19 +5,23 @@ import random
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from multiprocessing import active_children
 from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from fastssl.data import __main__ as command
-from fastssl.data.check import check, refused_by_dali
+from fastssl.data.check import check, fault, refused_by_dali
+from fastssl.data.exclude import Exclusions, as_comment, as_line
 from fastssl.data.scan import CHUNK, _in_processes, scan
 from fastssl.data.sources import open_source
 from fastssl.data.stored import Location
-from fastssl.errors import FastsslError
+from fastssl.errors import DataError, FastsslError
 from tests.data.pictures import encode, example, readable, unreadable, write_records, write_tar
 
 
@@ -41,22 +45,25 @@ def mutate(encoded: bytes, draw: random.Random) -> bytes:
     return bytes(damaged)
 
 
-def test_a_thousand_mutated_images(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "count",
+    [200, pytest.param(1000, marks=pytest.mark.slow)],  # each is decoded three times, twice by DALI
+)
+def test_mutated_images(count: int, tmp_path: Path) -> None:
     """Against PIL without our wrapping, and against DALI where it is installed."""
     draw, good = random.Random(0), readable()
     for name, encoded in {**good, **unreadable()}.items():
         (tmp_path / name).write_bytes(encoded)
-    for number in range(1000):
+    for number in range(count):
         name = draw.choice(sorted(good))
         (tmp_path / f"{number:04d}-{name}").write_bytes(mutate(good[name], draw))
     (tmp_path / "dangling.png").symlink_to("nowhere")
-    (tmp_path / "folder.jpg").mkdir()
     bad = {Path(name).name for name in found(tmp_path, workers=2)}
     assert not bad & good.keys()
-    assert {*unreadable(), "dangling.png", "folder.jpg"} <= bad
+    assert {*unreadable(), "dangling.png"} <= bad
     refused = {path.name for path in tmp_path.glob("*.*") if path.is_file() and not _decodes(path)}
-    assert bad - {"dangling.png", "folder.jpg"} == refused
-    assert 300 < len(bad) < 800
+    assert bad - {"dangling.png"} == refused
+    assert 0.3 < len(bad) / count < 0.8
 
 
 def _decodes(path: Path) -> bool:
@@ -119,9 +126,53 @@ def test_the_list_is_what_exclude_takes(
     printed = capsys.readouterr().out
     assert r"images/train/cat/a #\n b.jpg: it is empty" in printed
     assert len(printed.splitlines()) == 4
+    remarks = [line for line in listed.read_text("utf-8", "surrogateescape").split("\n") if "y.png" in line]
+    assert remarks == [
+        f"# {image_folder}/val/dog/y.png: it is a folder with the name of an image, and no images are below it"
+    ]
     source = open_source("images", exclude=listed)
     monkeypatch.chdir("/")
     assert len(open_source(str(image_folder), exclude=listed).train) == len(source.train) == 11
+
+
+def test_a_class_with_the_name_of_an_image_stays(
+    image_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for split in ("train", "val"):
+        (image_folder / split / "cat").rename(image_folder / split / "cat.png")
+    (image_folder / "train" / "dog" / "empty.png").mkdir()
+    listed = tmp_path / "bad.txt"
+    assert command.main(["scan", str(image_folder), "--output", str(listed), "--workers=1"]) == 0
+    assert [line.split(":")[0][-9:] for line in capsys.readouterr().out.splitlines()] == ["empty.png"]
+    assert len(open_source(str(image_folder), exclude=listed).train) == 12
+
+
+@settings(max_examples=300, deadline=None)
+@given(
+    st.lists(
+        st.binary(min_size=1, max_size=12)
+        | st.text("a #\\nr\r\n\x0b\x0c\x1c\x85\u2028\u2029", min_size=1, max_size=9).map(str.encode),
+        min_size=1,
+        max_size=6,
+    )
+)
+def test_every_file_name_survives_the_list(names: list[bytes]) -> None:
+    """Whatever bytes it has: they need not be UTF-8."""
+    files = [os.fsdecode(name.replace(b"/", b"_").replace(b"\0", b"_")) for name in names]
+    paths = [f"/data/{name}" for name in files if name not in (".", "..")]
+    text = "".join(f"{as_comment(path)}\n{as_line(path)}\n" for path in paths)
+    with tempfile.NamedTemporaryFile() as file:
+        file.write(text.encode("utf-8", "surrogateescape"))
+        file.flush()
+        excluded = Exclusions(Path(file.name), "/elsewhere")
+    assert all(path in excluded for path in paths)
+    assert not any(f"/data/other/{name}" in excluded for name in files if name.strip())
+
+
+def test_lists_by_hand_with_the_line_ends_of_windows(image_folder: Path, tmp_path: Path) -> None:
+    listed = tmp_path / "bad.txt"
+    listed.write_bytes(b"# mine\r\n\r\ntrain/cat/00.png\r\n train/dog/11.png \r\n")
+    assert len(open_source(str(image_folder), exclude=listed).train) == 10
 
 
 def test_without_permission(tmp_path: Path) -> None:
@@ -175,6 +226,35 @@ def test_a_killed_process_loses_nothing(tmp_path: Path) -> None:
 
     assert scan(str(tmp_path), 2, lambda name, reason: bad.append(Path(name).name), progress) == 8 * CHUNK
     assert sorted(bad) == [f"{number:04d}.jpg" for number in range(0, 8 * CHUNK, 50)]
+
+
+def test_processes_that_cannot_start_blame_no_image(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "good.jpg").write_bytes(encode())
+    monkeypatch.setattr("fastssl.data.scan.start", len)  # raises: a pipe has no length
+    bad: list[str] = []
+    with pytest.raises(FastsslError, match="the worker processes die at their start"):
+        scan(str(tmp_path), 1, lambda name, reason: bad.append(name))
+    assert not bad
+
+
+@pytest.mark.slow  # starts the command anew
+def test_a_script_on_standard_input_is_told_to_be_a_file(tmp_path: Path) -> None:
+    (tmp_path / "good.jpg").write_bytes(encode())
+    script = f"from fastssl.data.scan import scan\nscan({str(tmp_path)!r}, 1, print)\n"
+    ended = subprocess.run([sys.executable], input=script, capture_output=True, text=True, timeout=120, check=False)
+    assert (ended.stdout, ended.returncode) == ("", 1)
+    assert "FastsslError: the worker processes die at their start" in ended.stderr.splitlines()[-1]
+
+
+def test_a_fault_is_of_reading_or_of_decoding() -> None:
+    def read() -> bytes:
+        raise DataError("the store is gone")
+
+    assert fault("a", encode) is None
+    for reader, reason in ((lambda: b"", "it is empty"), (read, "the store is gone")):
+        found = fault("a", reader)
+        assert found is not None
+        assert (found.name, found.reason) == ("a", reason)
 
 
 @pytest.mark.slow  # starts the command anew

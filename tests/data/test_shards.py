@@ -96,6 +96,12 @@ def test_what_is_not_there_is_named(data: str, said: str, tmp_path: Path) -> Non
         open_source(f"{prefix}{tmp_path}/{path}")
 
 
+def test_a_slip_in_a_range_of_local_shards_is_told() -> None:
+    for wrong, said in (("{0..99999999}", "more than 1,000,000 shards"), ("{9..0}", "backwards")):
+        with pytest.raises(FastsslError, match=said):
+            open_source(f"/nowhere/a-{wrong}.tar")
+
+
 def test_two_kinds_of_shards_and_half_a_packing_are_refused(tmp_path: Path) -> None:
     shards(tmp_path)
     write_records(tmp_path / "x.tfrecord", [example(encode())])

@@ -1,8 +1,11 @@
 """Sources of images: named sets, folders, and what is held in memory."""
 
 import hashlib
+import os
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -72,6 +75,7 @@ def test_cifar_is_read_through_torchvision(tmp_path: Path, monkeypatch: pytest.M
     source = open_source(f"cifar10:{tmp_path}")
     assert isinstance(source.train, ArrayImages)
     assert source.train.pixels.shape == (4, 3, 32, 32)
+    assert source.train.pixels.data_ptr() == Fake.data.ctypes.data
     with pytest.raises(FastsslError, match=r"no route.*--data cifar10:FOLDER"):
         open_source(f"cifar10:{tmp_path / 'offline'}")
 
@@ -100,6 +104,25 @@ def test_a_link_back_up_counts_nothing_twice(image_folder: Path) -> None:
     assert len(open_source(str(image_folder / "train")).train) == 12
 
 
+def test_the_file_system_does_not_choose_among_links(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "images").mkdir()
+    Image.new("RGB", (3, 3)).save(tmp_path / "images" / "0.png")
+    for name in "cab":
+        (tmp_path / "root" / name).mkdir(parents=True)
+        (tmp_path / "root" / name / "link").symlink_to(tmp_path / "images", target_is_directory=True)
+    walk = os.walk
+
+    def backwards(*args: Any, **how: Any) -> Iterator[tuple[str, list[str], list[str]]]:
+        for found in walk(*args, **how):
+            found[1].sort(reverse=True)
+            yield found
+
+    monkeypatch.setattr("os.walk", backwards)
+    found = open_source(str(tmp_path / "root")).train
+    assert isinstance(found, FolderImages)
+    assert found.paths == (tmp_path / "root" / "a" / "link" / "0.png",)
+
+
 def test_splits_with_other_classes_are_refused(image_folder: Path) -> None:
     (image_folder / "val" / "dog").rename(image_folder / "val" / "wolf")
     with pytest.raises(FastsslError, match="need the same class folders"):
@@ -111,8 +134,21 @@ def test_equal_sizes_are_held_in_memory_and_others_are_not(image_folder: Path) -
     held = in_memory(images)
     assert isinstance(held, ArrayImages)
     assert held.pixels.shape == (12, 3, 32, 32)
+    assert held.pixels.permute(0, 2, 3, 1).is_contiguous()  # as loaders want it: no second copy
     Image.new("RGB", (40, 32)).save(image_folder / "train" / "dog" / "11.png")
     assert in_memory(images) is images
+
+
+def test_the_digest_is_of_every_pixel_however_they_lie() -> None:
+    pixels = torch.randint(0, 256, (3000, 3, 2, 2), generator=torch.Generator().manual_seed(0)).to(torch.uint8)
+    digest = ArrayImages(pixels, None).digest
+    assert ArrayImages(pixels.contiguous(memory_format=torch.channels_last), None).digest == digest
+    assert ArrayImages(pixels.view(3000, 3, 4, 1), None).digest != digest
+    for index in (0, 1, 1024, 2999):
+        other = pixels.clone()
+        other[index, 1, 1, 0] ^= 1
+        assert ArrayImages(other, None).digest != digest
+    assert ArrayImages(pixels, None).groups is None
 
 
 def test_a_corrupt_image_that_was_to_be_held_in_memory_is_named(image_folder: Path) -> None:

@@ -1,13 +1,17 @@
 """TFRecord files written by hand, read back."""
 
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fastssl.data import tfrecord
+from fastssl.data import stored, tfrecord
 from fastssl.data.sources import RecordImages, open_source
 from fastssl.errors import DataError, FastsslError
 from tests.data.pictures import encode, example, write_records
@@ -76,6 +80,29 @@ def test_labels_are_of_all_or_none(tmp_path: Path) -> None:
     write_records(path, [example(encode(), 1), example(encode())])
     with pytest.raises(DataError, match=r"x\.tfrecord#1' \(it has no image/class/label"):
         _ = open_source(str(path)).train.labels
+
+
+def test_labels_are_read_in_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A future for each of a million records would take more memory than the images' places."""
+    tasks = []
+
+    class Counted(ThreadPoolExecutor):
+        def submit(self, *args: Any, **how: Any) -> Any:
+            tasks.append(args)
+            return super().submit(*args, **how)
+
+    monkeypatch.setattr(stored, "RUN", 4)
+    monkeypatch.setattr(stored, "ThreadPoolExecutor", Counted)
+    path = write_records(tmp_path / "x.tfrecord", [example(b"", label) for label in range(10)])
+    labels = open_source(str(path)).train.labels
+    assert labels is not None
+    assert labels.tolist() == list(range(10))
+    assert len(tasks) == 3
+
+
+def test_only_who_has_records_needs_protobuf() -> None:
+    program = "import sys, fastssl.data.stored; assert 'google.protobuf' not in sys.modules"
+    subprocess.run([sys.executable, "-c", program], check=True, timeout=60)
 
 
 @pytest.mark.parametrize("record", [example(None, 1), b"\xff\xff\xff", b""])

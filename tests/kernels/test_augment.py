@@ -23,7 +23,7 @@ from fastssl.ops.photometric import (
     RandomErasing,
     Solarize,
     Step,
-    draw,
+    draw_augmentation,
 )
 from tests.kernels import fences
 
@@ -73,7 +73,9 @@ def images_of(case: Case) -> Tensor:
 
 
 def parameters_of(case: Case) -> Tensor:
-    return draw(case.steps, case.count, (case.height, case.width), torch.Generator().manual_seed(case.seed))
+    return draw_augmentation(
+        case.steps, case.count, (case.height, case.width), torch.Generator().manual_seed(case.seed)
+    )
 
 
 def fenced(images: Tensor) -> tuple[Tensor, Tensor]:
@@ -156,7 +158,7 @@ def test_counts(count: int) -> None:
 
 def test_every_order_of_the_jitter() -> None:
     case = Case((JITTER, GRAY), 6, 7, len(JITTER_ORDERS))
-    parameters = draw((replace(JITTER, p=1.0), GRAY), case.count, (6, 7), torch.Generator().manual_seed(0))
+    parameters = draw_augmentation((replace(JITTER, p=1.0), GRAY), case.count, (6, 7), torch.Generator().manual_seed(0))
     parameters[:, COLUMNS.index("order")] = torch.arange(len(JITTER_ORDERS)).float()
     check(case, parameters=parameters)
 
@@ -203,7 +205,7 @@ def test_orders_of_steps(steps: list[Step], count: int, size: tuple[int, int], s
     ],
 )
 def test_reach_of_the_blur(step: GaussianBlur, height: int, width: int) -> None:
-    check(Case((step,), height, width, 2), parameters=draw((replace(step, p=1.0),), 2, (height, width)))
+    check(Case((step,), height, width, 2), parameters=draw_augmentation((replace(step, p=1.0),), 2, (height, width)))
 
 
 @pytest.mark.parametrize("kernel_size", [0, 23])
@@ -300,7 +302,7 @@ def test_numbers_of_the_kernels_are_those_of_the_op() -> None:
 def test_batches_of_more_than_2_to_the_31_bytes() -> None:
     count = 15_000
     images = torch.randint(256, (count, 224, 224, 3), dtype=torch.uint8, device="cuda")
-    parameters = draw(RECIPES["byol"], count, (224, 224))
+    parameters = draw_augmentation(RECIPES["byol"], count, (224, 224))
     with use_backend("triton"):
         last = augment_(images[-4:].clone(), RECIPES["byol"], parameters[-4:], dtype=BF16)
         assert torch.equal(augment_(images, RECIPES["byol"], parameters, dtype=BF16)[-4:], last)

@@ -13,9 +13,20 @@ from torch import Tensor
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as tv
 
+from fastssl.data import per_image
 from fastssl.errors import FastsslError
-from fastssl.ops import ColorJitter, GaussianBlur, Grayscale, RandomErasing, Solarize, augment_, backend, use_backend
-from fastssl.ops.photometric import COLUMNS, JITTER_ORDERS, NEUTRAL, Step, draw
+from fastssl.ops import (
+    ColorJitter,
+    GaussianBlur,
+    Grayscale,
+    RandomErasing,
+    Solarize,
+    augment_,
+    backend,
+    blur,
+    use_backend,
+)
+from fastssl.ops.photometric import COLUMNS, JITTER_ORDERS, NEUTRAL, Step, draw_augmentation
 
 ADJUST = (tv.adjust_brightness, tv.adjust_contrast, tv.adjust_saturation, tv.adjust_hue)
 JITTER, ERASING = ColorJitter(0.4, 0.4, 0.4, 0.3, p=0.8), RandomErasing((0.1, 0.4))
@@ -29,6 +40,7 @@ SINGLE: dict[str, Step] = {
     "pil_blur": GaussianBlur((0.1, 3.0), p=0.7),
     "kernel_blur": GaussianBlur((0.1, 2.0), 23, p=0.7),
     "solarize": Solarize(0.5, 0.5),
+    "solarize_high": Solarize(0.7, 0.5),
     "erasing": ERASING,
 }
 RECIPES: dict[str, tuple[Step, ...]] = {
@@ -74,8 +86,7 @@ def replayed(step: Step, x: Any, v: dict[str, float], blur: Callable[[Any, Gauss
     elif isinstance(step, GaussianBlur):
         x = blur(x, step, v["sigma"]) if v["sigma"] else x
     elif isinstance(step, Solarize):
-        above = v["threshold"] * (256 if x.dtype == torch.uint8 else 1)
-        x = tv.solarize(x, above) if v["threshold"] <= 1 else x
+        x = torch.where(x >= 255 * v["threshold"], 255 - x, x)
     elif v["height"]:
         x = tv.erase(x, *(int(v[key]) for key in ("top", "left", "height", "width")), v=torch.zeros(3, 1, 1).to(x))
     return x
@@ -102,7 +113,7 @@ def test_equal_to_torchvision(recipe: str, name: str) -> None:
     """
     count = {"triton": 12, "reference": 100, "native": 2048}[name]
     images, steps = pictures(count), ALL[recipe]
-    parameters = draw(steps, count, (32, 32), torch.Generator().manual_seed(1))
+    parameters = draw_augmentation(steps, count, (32, 32), torch.Generator().manual_seed(1))
     ours = augmented(images, steps, parameters, torch.float32) * 255
     theirs = []
     for image, row in zip(images, range(count), strict=True):
@@ -115,6 +126,26 @@ def test_equal_to_torchvision(recipe: str, name: str) -> None:
     assert difference.max() <= (4.01 if rounds else 3.01)
     # Triton's blur has weights of float16, so one value in a hundred is rounded to the neighbour.
     assert difference.mean() <= (0.25 if rounds else 0.02 if name == "triton" else 0.001)
+
+
+@pytest.mark.parametrize("threshold", [0.0, 0.3, 0.5, 0.7, 1.0])
+def test_all_executors_solarize_alike(threshold: float) -> None:
+    ramp = torch.arange(256, dtype=torch.uint8).view(1, 16, 16, 1).repeat(1, 1, 1, 3)
+    step = Solarize(threshold, p=1.0)
+    picture = per_image.module(step, 16)(tv.to_pil_image(ramp[0].permute(2, 0, 1)))
+    theirs = tv.pil_to_tensor(picture)
+    assert torch.equal(
+        (augmented(ramp, (step,), draw_augmentation((step,), 1, (16, 16)), torch.float32)[0] * 255).round().byte(),
+        theirs,
+    )
+
+
+def test_a_sigma_beyond_the_range_darkens_nothing(name: str) -> None:
+    """On a GPU and inside torch.compile it is not checked."""
+    step, flat = GaussianBlur((0.1, 2.0), p=1.0), torch.full((1, 32, 32, 3), 200, dtype=torch.uint8)
+    assert torch.allclose(blur.table(step, torch.tensor([9.0]), 32).sum(2), torch.ones(1), atol=1e-6)
+    out = augmented(flat, (step,), draw_augmentation((step,), 1, (32, 32)), torch.float32)
+    assert ((out * 255).round() == 200).all()
 
 
 def test_normalises_and_casts(name: str) -> None:
@@ -131,6 +162,7 @@ def test_normalises_and_casts(name: str) -> None:
     buffer = torch.empty(5, 3, 20, 20).to(memory_format=torch.channels_last)
     assert augment_(images.clone(), (), mean=mean, std=std, out=buffer) is buffer
     assert torch.allclose(buffer, expected, atol=1e-5)
+    assert augment_(images, (), out=torch.empty_like(buffer, dtype=torch.bfloat16)).dtype == torch.bfloat16
     assert augment_(images[:0], RECIPES["byol"]).shape == (0, 3, 20, 20)
 
 
@@ -142,7 +174,7 @@ def test_non_contiguous_images(name: str) -> None:
     images = pictures(4)
     planes = images.permute(0, 3, 1, 2).contiguous().permute(0, 2, 3, 1)
     steps = RECIPES["moco_v2"]
-    parameters = draw(steps, 4, (32, 32), torch.Generator().manual_seed(3))
+    parameters = draw_augmentation(steps, 4, (32, 32), torch.Generator().manual_seed(3))
     assert torch.equal(augment_(planes, steps, parameters), augment_(images.clone(), steps, parameters))
 
 
@@ -169,7 +201,7 @@ CRITICAL = 1.949 * (2 / N) ** 0.5  # of two samples of N at the level .001
 
 
 def test_jitter_is_drawn_as_torchvisions(generator: torch.Generator) -> None:
-    ours = draw([JITTER], N, (32, 32), generator)
+    ours = draw_augmentation([JITTER], N, (32, 32), generator)
     transform = v2.ColorJitter(0.4, 0.4, 0.4, 0.3)
     torch.manual_seed(0)
     drawn = [transform.make_params([]) for _ in range(N)]
@@ -188,7 +220,7 @@ def test_jitter_is_drawn_as_torchvisions(generator: torch.Generator) -> None:
 
 def test_the_rest_is_drawn_as_torchvisions(generator: torch.Generator) -> None:
     steps = [Grayscale(0.2), GaussianBlur((0.1, 2.0), p=0.5), Solarize(0.5, 0.2), RandomErasing(p=0.5)]
-    ours = dict(zip(COLUMNS, draw(steps, N, (32, 32), generator).T, strict=True))
+    ours = dict(zip(COLUMNS, draw_augmentation(steps, N, (32, 32), generator).T, strict=True))
     assert abs(ours["grayscale"].mean() - 0.2) < 0.01
     assert abs((ours["threshold"] == 0.5).float().mean() - 0.2) < 0.01
     sigma = ours["sigma"][ours["sigma"] > 0]
@@ -214,6 +246,7 @@ def test_the_rest_is_drawn_as_torchvisions(generator: torch.Generator) -> None:
         ({"parameters": torch.zeros(2, 11)}, "2×12 of float32"),
         ({"parameters": torch.tensor(NEUTRAL).repeat(2, 1) + 3}, "a sigma of 3 lies above the step's 2"),
         ({"std": (1, 0, 1)}, "std"),
+        ({"parameters": torch.tensor(NEUTRAL).repeat(2, 1), "generator": torch.Generator()}, "not both"),
         ({"dtype": torch.int32}, "dtype must be one of"),
         ({"out": torch.zeros(2, 3, 32, 32)}, "channels_last"),
         ({"steps": [GaussianBlur(kernel_size=65)]}, "kernel_size 65 needs images of more than 32 pixels, got 32×32"),
@@ -229,7 +262,7 @@ def test_opcheck_and_compile(name: str) -> None:
     if name == "reference":
         pytest.skip("plain PyTorch")
     steps = RECIPES["byol"]
-    parameters = draw(steps, 2, (24, 24), torch.Generator().manual_seed(0))
+    parameters = draw_augmentation(steps, 2, (24, 24), torch.Generator().manual_seed(0))
     images = pictures(2, 24)
     expected = augment_(images.clone(), steps, parameters)
     compiled = torch.compile(lambda x, p: augment_(x, steps, p) * 2, fullgraph=True, backend="aot_eager")

@@ -253,7 +253,13 @@ def test_parameters_out_of_their_range(value: float, generator: torch.Generator)
         everything = torch.full_like(parameters, value)
         bare(images, out, everything, STEPS)
         broken = torch.full((2, 13, 13), value)
-        bare(images, out, photometric.draw([PIL], 2, (20, 30)), STEPS, {"blur_rows": broken, "blur_columns": broken})
+        bare(
+            images,
+            out,
+            photometric.draw_augmentation([PIL], 2, (20, 30)),
+            STEPS,
+            {"blur_rows": broken, "blur_columns": broken},
+        )
 
 
 IMAGES, PARAMETERS = torch.zeros(2, 8, 9, 3, dtype=torch.uint8), torch.tensor(NEUTRAL).repeat(2, 1)
