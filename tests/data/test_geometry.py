@@ -13,8 +13,9 @@ from fastssl.data.augmentation import HorizontalFlip, RandomResizedCrop, RandomS
 from tests.ops.test_augment import CRITICAL, N, kolmogorov_smirnov
 
 
-@pytest.mark.parametrize("size", [(32, 32), (224, 256), (500, 120)])
-@pytest.mark.parametrize("area", [(0.08, 1.0), (0.2, 1.0), (0.05, 0.14)])
+@pytest.mark.parametrize(
+    ("size", "area"), [((32, 32), (0.08, 1.0)), ((224, 256), (0.2, 1.0)), ((500, 120), (0.05, 0.14))]
+)
 def test_boxes_are_drawn_as_torchvisions(
     size: tuple[int, int], area: tuple[float, float], generator: torch.Generator
 ) -> None:
