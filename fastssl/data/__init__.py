@@ -2,6 +2,8 @@
 
 import os
 
+from fastssl.errors import FastsslError
+
 NAMED = ("embedded", "cifar10", "cifar100")
 
 
@@ -14,5 +16,7 @@ def absolute(data: str) -> str:
     """`data` as it is understood from any folder; names stay."""
     if is_named(data) or "://" in data:
         return data
+    if data in ("", "tfrecord:"):
+        raise FastsslError(f"data is '{data}': name a folder or shards")
     prefix, path = ("tfrecord:", data[9:]) if data.startswith("tfrecord:") else ("", data)
     return prefix + os.path.abspath(path)

@@ -60,6 +60,9 @@ def _graph(views: Sequence[View], encoded: bool, color: str, on_gpu: bool, dtype
     if encoded:
         files = fn.external_source(name="images", dtype=types.UINT8, ndim=1)
         size = fn.peek_image_shape(files, adjust_orientation=False, dtype=types.FLOAT)
+        # DALI 2.4's decoder crashes now and then where it cannot make out what a file is. So it gets a batch only when
+        # that operator, which fails in an orderly way, has read all headers: by an input that depends on its result.
+        files = fn.reshape(files, rel_shape=fn.stack(0 * size[0] + 1))
         # EXIF turns nothing, as with PIL. "mixed" takes the hardware decoder where there is one.
         images = fn.decoders.image(
             files, device="mixed" if on_gpu else "cpu", output_type=types.RGB, adjust_orientation=False

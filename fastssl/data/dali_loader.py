@@ -193,7 +193,7 @@ class DaliLoader:
             try:
                 self._pipeline.share_outputs()
                 self._pipeline.release_outputs()
-            except RuntimeError:
+            except (RuntimeError, AttributeError):  # the latter when the interpreter is about to end
                 self._pipeline = None
 
     def _geometry(self, batch: _Batch, epoch: int, view: int) -> Tensor:

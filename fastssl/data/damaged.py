@@ -2,8 +2,8 @@
 
 from collections.abc import Callable, Sequence
 
-from fastssl.data.check import refused_by_dali
-from fastssl.data.decode import HINT, ImageError, decode
+from fastssl.data.check import fault
+from fastssl.data.decode import HINT
 from fastssl.errors import DataError, FastsslError
 
 LISTED = 20  # of the images that one error names
@@ -17,7 +17,7 @@ def report(items: Sequence[Item], error: Exception) -> FastsslError:
         items: the batch, if it was of encoded images.
         error: what was raised; DALI does not know names.
     """
-    errors = [found for name, read in items if (found := _error(name, read)) is not None]
+    errors = [found for name, read in items if (found := fault(name, read)) is not None]
     if not errors:
         each = ", and each image of the batch by itself is fine" if items else ""
         return FastsslError(f"DALI failed{each}: {_last_line(error)}")
@@ -33,15 +33,3 @@ def _last_line(error: Exception) -> str:
     """What went wrong, of DALI's many lines."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return next((line for line in lines if "rror" in line and "ipeline" not in line), lines[-1] if lines else "")
-
-
-def _error(name: str, read: Callable[[], bytes]) -> ImageError | None:
-    try:
-        encoded = read()
-        decode(encoded, name)
-    except ImageError as error:
-        return error
-    except DataError as error:
-        return ImageError(name, str(error))
-    refusal = refused_by_dali(encoded)
-    return ImageError(name, refusal) if refusal else None

@@ -16,7 +16,7 @@ FORMATS = ("JPEG", "PNG", "BMP", "TIFF", "WEBP", "PPM")
 PIXEL_LIMIT = 2**28
 Image.MAX_IMAGE_PIXELS = PIXEL_LIMIT
 
-HINT = "`python -m fastssl.data scan DATA` finds all such images, `--exclude FILE` leaves them out"
+HINT = "`python -m fastssl.data scan DATA` finds all such images, `--exclude FILE` leaves them out of a new run"
 OTHERS = {
     b"GIF8": "a GIF",
     b"%PDF": "a PDF",

@@ -111,6 +111,8 @@ def pack(
         FastsslError: `out` has shards already, or the disk is full.
         DataError: an image cannot be read.
     """
+    if not 0 <= seed < 2**63:
+        raise FastsslError(f"seed must lie in 0…2^63-1, got {seed}")
     planned, total = plan(source, shard_bytes, images_per_shard, seed)
     out.mkdir(parents=True, exist_ok=True)
     if found := shards.within(out, records=True):

@@ -1,9 +1,7 @@
 """Decodes and augments one image at a time with torchvision, in worker processes; needs nothing but torchvision."""
 
 import os
-import signal
 from collections.abc import Iterator
-from types import FrameType
 
 import torch
 from torch import Tensor
@@ -31,7 +29,7 @@ class TorchvisionLoader:
             prefetch_factor=options.prefetch if options.workers else None,
             persistent_workers=options.workers > 0,
             pin_memory=torch.cuda.is_available(),
-            worker_init_fn=_ignore_the_first_signal,
+            worker_init_fn=_leave_signals_to_the_trainer,
             generator=torch.Generator(),  # its draws must not move torch's own random state
             collate_fn=_collate,
         )
@@ -105,19 +103,9 @@ def _collate(samples: list[Sample]) -> Sample:
     return [torch.stack(batch) for batch in zip(*views, strict=True)]
 
 
-def _ignore_the_first_signal(worker: int) -> None:
-    """A terminal or a scheduler sends its signal to all processes, and workers that die of it take the trainer along.
+def _leave_signals_to_the_trainer(worker: int) -> None:
+    """A terminal or a scheduler sends its signal to the group of processes, and workers that die of it take us along.
 
-    The trainer ends them when it has saved. It does so by a SIGTERM as well where they do not stop by themselves, hence
-    the second one counts.
+    In a group of their own they get only what is meant for them: the SIGTERM by which the trainer ends them.
     """
-    told = False
-
-    def end(number: int, frame: FrameType | None) -> None:
-        nonlocal told
-        if told:
-            os._exit(0)
-        told = True
-
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, end)
+    os.setpgid(0, 0)

@@ -85,7 +85,7 @@ def check_data(path: Path, there: Mapping[str, Any], here: Mapping[str, Any]) ->
     if there["images"] != here["images"]:
         raise FastsslError(
             f"'{path}' was trained on {there['images']} images, there are {here['images']} now: bring those images "
-            f"back, {anew}"
+            f"back (--exclude is for a new run), {anew}"
         )
     if there["names"] != here["names"]:
         raise FastsslError(f"'{path}' was trained on as many images, but not on these: bring those images back, {anew}")

@@ -93,6 +93,12 @@ class Trainer:
                 except DataError:
                     self._save(log, last=False)
                     raise
+                except RuntimeError as error:
+                    if interrupt.requested is None or "DataLoader worker" not in str(error):
+                        raise
+                    # A scheduler may send SIGTERM to every process; perhaps it came in mid-step, so nothing is saved.
+                    log.say(f"{interrupt.requested.name}: ended with its workers; {self._last_checkpoint()}")
+                    return 128 + interrupt.requested.value
             if interrupt.requested:
                 path = self.run.checkpoints.save(self._state())
                 log.say(

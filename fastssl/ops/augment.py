@@ -86,7 +86,7 @@ def augment_(
 def _check_images(images: Tensor, mean: Sequence[float], std: Sequence[float], dtype: torch.dtype) -> None:
     if images.dtype != torch.uint8 or images.dim() != 4 or images.shape[3] != 3:
         raise FastsslError(f"images must be N×H×W×3 of uint8, got {tuple(images.shape)} of {images.dtype}")
-    if len(mean) != 3 or len(std) != 3 or not min(std) > 0:
+    if len(mean) != 3 or len(std) != 3 or not all(value > 0 for value in std):
         raise FastsslError(f"mean and std must be three numbers, those of std above 0, got {mean} and {std}")
     if dtype not in DTYPES:
         raise FastsslError(f"dtype must be one of {', '.join(map(str, DTYPES))}, got {dtype}")

@@ -1,5 +1,7 @@
 """What holds for every loader; test_dali_loader.py has what only DALI's does."""
 
+import subprocess
+import sys
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -74,6 +76,24 @@ def test_a_corrupt_image_is_named_by_worker_processes_too(image_folder: Path) ->
     for workers in (0, 1):
         with pytest.raises(DataError, match=r"cannot read the image .*04\.png"):
             epoch(image_folder, "torchvision", workers=workers)
+
+
+@pytest.mark.slow  # starts an interpreter that starts a process
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_interpreter_ends_with_batches_under_way(kind: str, image_folder: Path) -> None:
+    script = f"""
+from fastssl.data import augmentation as aug
+from fastssl.data.loader import make_loader
+from fastssl.data.loading import Loading
+from fastssl.data.sources import open_source
+images = open_source({str(image_folder)!r}).train
+batches = make_loader(images, aug.load("moco_v2_small"), 2, Loading({kind!r}, workers=1)).batches(0)
+print(next(batches)[0].shape)
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=90)
+    assert done.returncode == 0, done.stderr
+    assert "[2, 3, 32, 32]" in done.stdout
+    assert "Traceback" not in done.stderr
 
 
 def test_what_cannot_be_loaded_is_named(image_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
