@@ -38,7 +38,7 @@ def run(method: str, data: Path, output: Path, *options: str) -> int:
 
 
 def weights(output: Path) -> dict[str, Any]:
-    return load(sorted((output / "checkpoints").iterdir())[-1])
+    return load(sorted((output / "checkpoints").glob("*.pt"))[-1])  # a killed process may leave a .tmp
 
 
 def equal(one: Any, other: Any) -> bool:
