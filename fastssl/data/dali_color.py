@@ -13,8 +13,8 @@ from fastssl.data.augmentation import View
 from fastssl.ops.photometric import COLUMNS, ColorJitter, GaussianBlur, Grayscale, RandomErasing, Solarize
 
 
-def apply(view: View, images: Any, parameters: Any, dtype: Any) -> Any:
-    """Do the view's photometric steps to H×W×3 uint8 images, normalise, and cast to `dtype`."""
+def apply(view: View, images: Any, parameters: Any) -> Any:
+    """Do the view's photometric steps to H×W×3 uint8 images, and normalise."""
     values = {name: parameters[index] for index, name in enumerate(COLUMNS)} if view.photometric else {}
     for together, steps in itertools.groupby(view.photometric, lambda step: isinstance(step, (ColorJitter, Grayscale))):
         if together:
@@ -23,7 +23,11 @@ def apply(view: View, images: Any, parameters: Any, dtype: Any) -> Any:
         for step in steps:
             images = _one(step, images, values)
     return fn.crop_mirror_normalize(
-        images, dtype=dtype, output_layout="HWC", mean=[255 * m for m in view.mean], std=[255 * s for s in view.std]
+        images,
+        dtype=types.FLOAT,
+        output_layout="HWC",
+        mean=[255 * m for m in view.mean],
+        std=[255 * s for s in view.std],
     )
 
 

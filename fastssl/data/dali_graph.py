@@ -28,13 +28,12 @@ def build(
     device_id: int | None,
     threads: int,
     prefetch: int,
-    dtype: Any = types.FLOAT,
 ) -> Any:
     """Make the pipeline; the caller builds it (which for a GPU needs one) and feeds its inputs.
 
     Its inputs are "images" (files as 1-d uint8, or H×W×3), "geometry0", "geometry1", … (`geometry.draw`), and with
     color="dali" "color0", … (`fastssl.ops.draw_augmentation`). Its outputs are one a view: size×size×3, uint8, or with
-    color="dali" normalised and of `dtype`.
+    color="dali" normalised in float32.
 
     Args:
         views: the recipe.
@@ -45,18 +44,17 @@ def build(
         device_id: its number; None for the CPU, and for a GPU's pipeline that is not to run.
         threads: of the CPU.
         prefetch: batches that may be under way.
-        dtype: of the views with color="dali".
     """
     # exec_pipelined=False: a batch starts when it is scheduled, and only then. Up to `prefetch` are under way at once.
     return _graph(
-        views, encoded, color, on_gpu, dtype,
+        views, encoded, color, on_gpu,
         batch_size=batch_size, num_threads=threads, device_id=device_id, prefetch_queue_depth=prefetch,
         exec_pipelined=False, exec_async=True, exec_dynamic=True,
     )  # fmt: skip
 
 
 @pipeline_def(enable_conditionals=True)
-def _graph(views: Sequence[View], encoded: bool, color: str, on_gpu: bool, dtype: Any) -> tuple[Any, ...]:
+def _graph(views: Sequence[View], encoded: bool, color: str, on_gpu: bool) -> tuple[Any, ...]:
     if encoded:
         files = fn.external_source(name="images", dtype=types.UINT8, ndim=1)
         size = fn.peek_image_shape(files, adjust_orientation=False, dtype=types.FLOAT)
@@ -81,7 +79,7 @@ def _graph(views: Sequence[View], encoded: bool, color: str, on_gpu: bool, dtype
             parameters = None
             if view.photometric:
                 parameters = fn.external_source(name=f"color{number}", dtype=types.FLOAT, ndim=1)
-            result = dali_color.apply(view, result, parameters, dtype)
+            result = dali_color.apply(view, result, parameters)
         results.append(result)
     return tuple(results)
 

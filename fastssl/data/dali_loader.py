@@ -9,7 +9,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from nvidia.dali import types
 from torch import Tensor
 from torch.utils.dlpack import from_dlpack
 
@@ -24,7 +23,6 @@ from fastssl.errors import DataError, FastsslError
 from fastssl.ops import augment_, photometric
 
 READERS = 16  # threads that wait for a disk, more than there are cores
-DTYPES = {torch.float32: types.FLOAT, torch.float16: types.FLOAT16}
 
 
 class _Batch(NamedTuple):
@@ -48,8 +46,6 @@ class DaliLoader:
     """
 
     def __init__(self, images: Images, views: tuple[View, ...], order: Order, options: Loading) -> None:
-        if options.color == "dali" and options.dtype not in DTYPES:
-            raise FastsslError(f"--color dali gives float32 or float16, not {options.dtype}: use --color exact")
         self.images, self.views, self.order, self.options = images, views, order, options
         self.geometric = [view.geometry for view in views]  # and DALI can do them
         self.photometric = [view.photometric for view in views]
@@ -109,7 +105,6 @@ class DaliLoader:
             self.views, self.order.batch_size, encoded=self._pixels is None, color=options.color,
             on_gpu=on_gpu, device_id=device_id,
             threads=max(1, options.workers), prefetch=options.prefetch + 1,
-            dtype=DTYPES.get(options.dtype, types.FLOAT),
         )  # fmt: skip
 
     def _read(self, readers: ThreadPoolExecutor, epoch: int, start: int) -> Generator[_Batch, None, None]:
@@ -162,7 +157,7 @@ class DaliLoader:
         for number, (view, output) in enumerate(zip(self.views, outputs, strict=True)):
             images = from_dlpack(output.as_tensor())  # N×H×W×3, DALI's memory
             if self.options.color == "dali":
-                views.append(images.permute(0, 3, 1, 2).clone(memory_format=torch.preserve_format))
+                views.append(images.permute(0, 3, 1, 2).to(self.options.dtype, copy=True))
                 continue
             parameters = self._colors(batch, epoch, number)
             views.append(

@@ -290,7 +290,6 @@ def test_unlabelled_images_train_without_knn(
         (("--augmentation", "none"), "unknown augmentation 'none'"),
         (("--data", "nowhere"), "there is no folder '.*nowhere'"),
         (("--loader", "batched"), r"loader: Expected a Literal\['auto', 'dali', 'torchvision'\]. Got value: batched"),
-        (("--color", "dali", "--precision", "bfloat16"), "--color dali gives float32 or float16"),
         (("--exclude", "nowhere.txt"), "cannot read the list of excluded names '.*nowhere.txt'"),
         (("--last_batch", "fill", "--prefetch", "0"), "prefetch must be 1 or more, got 0"),
     ],
