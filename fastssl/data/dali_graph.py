@@ -58,8 +58,8 @@ def _graph(views: Sequence[View], encoded: bool, color: str, on_gpu: bool) -> tu
     if encoded:
         files = fn.external_source(name="images", dtype=types.UINT8, ndim=1)
         size = fn.peek_image_shape(files, adjust_orientation=False, dtype=types.FLOAT)
-        # DALI 2.4's decoder crashes now and then where it cannot make out what a file is. So it gets a batch only when
-        # that operator, which fails in an orderly way, has read all headers: by an input that depends on its result.
+        # DALI 2.4's decoder may crash on a file that it cannot make out. So the loader gives it none that PIL cannot,
+        # and here it waits until the operator above, which fails in an orderly way, has read the headers of the batch.
         files = fn.reshape(files, rel_shape=fn.stack(0 * size[0] + 1))
         # EXIF turns nothing, as with PIL. "mixed" takes the hardware decoder where there is one.
         images = fn.decoders.image(

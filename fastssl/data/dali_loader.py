@@ -1,7 +1,7 @@
 """Reads in threads, lets DALI decode, crop and flip, and `augment_` (or DALI) change the colours."""
 
 from collections import deque
-from collections.abc import Generator, Iterator
+from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from functools import partial
@@ -15,6 +15,7 @@ from torch.utils.dlpack import from_dlpack
 from fastssl.data import dali_graph, damaged, geometry
 from fastssl.data.augmentation import View
 from fastssl.data.damaged import Item
+from fastssl.data.decode import check_header
 from fastssl.data.loading import Loading
 from fastssl.data.order import Order, mixed_generator
 from fastssl.data.remote_shards import RemoteShards
@@ -28,8 +29,8 @@ READERS = 16  # threads that wait for a disk, more than there are cores
 class _Batch(NamedTuple):
     number: int
     size: int
-    images: Any  # N×H×W×3 uint8; or a list of encoded images, or of futures of them
-    items: list[Item]  # the same by name, if they are encoded
+    images: Any  # N×H×W×3 uint8, or a list of futures of encoded images
+    items: Sequence[Item]  # the same by name, if they are encoded
 
 
 class DaliLoader:
@@ -79,7 +80,12 @@ class DaliLoader:
         try:
             with closing(self._read(readers, epoch, start)) as batches:
                 for batch in batches:
-                    self._schedule(batch, epoch)
+                    try:
+                        self._schedule(batch, epoch)
+                    except DataError:
+                        while under_way:  # what comes before it is whole
+                            yield self._take(under_way.popleft(), epoch)
+                        raise
                     under_way.append(batch)
                     if len(under_way) > self.options.prefetch:
                         yield self._take(under_way.popleft(), epoch)
@@ -111,13 +117,11 @@ class DaliLoader:
         """The batches with their images; the files of the next ones are being read meanwhile."""
         images, order = self.images, self.order
         if isinstance(images, RemoteShards):
-            for number, batch in enumerate(
-                images.batches(
-                    epoch, start, batch_size=order.batch_size, seed=order.seed, rank=order.rank, world=order.world
-                ),
-                start,
-            ):
-                yield _Batch(number, len(batch), [e for _, e in batch], [(n, partial(bytes, e)) for n, e in batch])
+            remote = images.batches(
+                epoch, start, batch_size=order.batch_size, seed=order.seed, rank=order.rank, world=order.world
+            )
+            for number, batch in enumerate(remote, start):
+                yield self._begin(readers, number, [(name, partial(bytes, encoded)) for name, encoded in batch])
             return
         ahead: deque[_Batch] = deque()
         for number, chosen in order.batches(epoch, start):
@@ -125,11 +129,19 @@ class DaliLoader:
                 yield _Batch(number, len(chosen), self._pixels[chosen.numpy()], [])
                 continue
             assert not isinstance(images, ArrayImages)
-            items: list[Item] = [(images.name(i), partial(images.read, i)) for i in chosen.tolist()]
-            ahead.append(_Batch(number, len(chosen), [readers.submit(read) for _, read in items], items))
+            items = [(images.name(i), partial(images.read, i)) for i in chosen.tolist()]
+            ahead.append(self._begin(readers, number, items))
             if len(ahead) > self.options.prefetch:
                 yield ahead.popleft()
         yield from ahead
+
+    def _begin(self, readers: ThreadPoolExecutor, number: int, items: Sequence[Item]) -> _Batch:
+        """A batch whose files are being read, and their headers checked, by the threads."""
+
+        def checked(name: str, read: Callable[[], bytes]) -> bytes:
+            return check_header(read(), name)
+
+        return _Batch(number, len(items), [readers.submit(checked, *item) for item in items], items)
 
     def _schedule(self, batch: _Batch, epoch: int) -> None:
         """Start a batch; DALI goes on with it in threads of its own."""
@@ -210,8 +222,6 @@ class DaliLoader:
         Raises:
             DataError: some cannot be read; it names all that are damaged.
         """
-        if isinstance(self.images, RemoteShards):
-            return batch.images
         try:
             return [np.frombuffer(future.result(), np.uint8) for future in batch.images]
         except DataError as error:

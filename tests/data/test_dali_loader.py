@@ -4,6 +4,7 @@ import gc
 import random
 import re
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ pytest.importorskip("nvidia.dali", reason="needs NVIDIA DALI")
 from fastssl.data import augmentation as aug
 from fastssl.data import dali_graph, geometry
 from fastssl.data.augmentation import HorizontalFlip, RandomResizedCrop, RandomShift, View
+from fastssl.data.check import fault
 from fastssl.data.dali_loader import DaliLoader
 from fastssl.data.loader import make_loader, view_batches
 from fastssl.data.loading import Loading
@@ -27,7 +29,9 @@ from fastssl.data.sources import ArrayImages, FolderImages, Images, load_image, 
 from fastssl.errors import DataError, FastsslError
 from fastssl.ops import GaussianBlur, Grayscale, Solarize
 from fastssl.ops.photometric import draw_augmentation
+from tests.data.pictures import readable, unreadable
 from tests.data.test_geometry import expected
+from tests.data.test_scan import mutate
 from tests.ops.test_augment import published_blur, values
 from tests.ops.test_augment import replayed as replayed_color
 
@@ -373,3 +377,38 @@ def test_the_gpu_graph(encoded: bool, color: str) -> None:
     assert all("gpu" not in devices[name] for name in ("PeekImageShape", "_Shape") if name in devices)
     if color == "dali":
         assert all(devices[name] == {"gpu"} for name in ("ColorTwist", "GaussianBlur", "CropMirrorNormalize"))
+
+
+@pytest.mark.slow  # a thousand images, and a pipeline is made anew for every batch with a damaged one
+def test_training_on_a_thousand_damaged_files(tmp_path: Path) -> None:
+    """No crash, no hang, and every batch either has all its images or names all that it lacks."""
+    draws, good = random.Random(0), readable()
+    for name, encoded in {**good, **unreadable()}.items():
+        (tmp_path / name).write_bytes(encoded)
+    for number in range(1000):
+        name = draws.choice(sorted(good))
+        encoded = good[name] if number % 3 else mutate(good[name], draws)
+        (tmp_path / f"{number:04d}-{name}").write_bytes(encoded)
+    (tmp_path / "dangling.png").symlink_to("nowhere")
+    images = open_source(str(tmp_path)).train
+    assert isinstance(images, FolderImages)
+    order = Order(len(images), 8, last_batch="partial")
+    loader = DaliLoader(images, (VIEWS["crop"],), order, EXACT)
+    batches = [[images.name(i) for i in chosen.tolist()] for _, chosen in order.batches(0)]
+    damaged = {
+        images.name(index) for index in range(len(images)) if fault(images.name(index), partial(images.read, index))
+    }
+    whole = 0
+    for start, names in enumerate(batches):
+        expected_names = {name for name in names if name in damaged}
+        one = loader.batches(0, start)
+        try:
+            [views] = next(one)
+            # PIL is stricter with some damages; what DALI decodes all the same is trained on.
+            assert len(views) == len(names)
+            whole += 1
+        except DataError as error:
+            assert expected_names
+            assert all(name in str(error) for name in expected_names)
+        del one
+    assert 10 < whole < len(batches) - 10
