@@ -15,7 +15,7 @@ from triton.backends.compiler import GPUTarget
 from fastssl.kernels import aot
 chip, names = int(sys.argv[1]), sys.argv[2:]
 found = {v.name: v for v in aot.variants(chip)}
-assert len(found) < 60, len(found)  # seconds each, for every chip
+assert len(found) < 70, len(found)  # seconds each, for every chip
 for name in names:
     v = found[name]
     compiled = triton.compile(v.source(), target=GPUTarget("cuda", chip, 32), options=v.options)
