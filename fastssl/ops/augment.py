@@ -108,13 +108,14 @@ def _check_parameters(parameters: Tensor, images: Tensor, steps: Sequence[Step])
         raise FastsslError(
             f"parameters must be {shape[0]}×{shape[1]} of float32, got {tuple(parameters.shape)} of {parameters.dtype}"
         )
-    if parameters.device.type == "cpu" and not torch.compiler.is_compiling():
+    if parameters.device.type != "cpu":
+        if parameters.device != images.device:
+            raise FastsslError(f"parameters are on {parameters.device}, the images on {images.device}")
+    elif not torch.compiler.is_compiling():  # which cannot trace a question about values
         blurs = [step for step in steps if isinstance(step, GaussianBlur)]
         sigma = parameters[:, COLUMNS.index("sigma")]
         if blurs and len(images) and not sigma.max() <= blurs[0].sigma[1] * (1 + 1e-6):
             raise FastsslError(f"a sigma of {sigma.max():g} lies above the step's {blurs[0].sigma[1]:g}")
-    elif parameters.device != images.device:
-        raise FastsslError(f"parameters are on {parameters.device}, the images on {images.device}")
 
 
 def _check_out(out: Tensor, images: Tensor, dtype: torch.dtype) -> None:

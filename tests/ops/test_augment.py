@@ -245,6 +245,7 @@ def test_the_rest_is_drawn_as_torchvisions(generator: torch.Generator) -> None:
         ({"steps": [Grayscale(), Grayscale()]}, "grayscale comes twice"),
         ({"steps": ["blur"]}, "augment_ knows ColorJitter"),
         ({"parameters": torch.zeros(2, 11)}, "2×12 of float32"),
+        ({"parameters": torch.zeros(2, 12, device="meta")}, "parameters are on meta, the images on cpu"),
         ({"parameters": torch.tensor(NEUTRAL).repeat(2, 1) + 3}, "a sigma of 3 lies above the step's 2"),
         ({"std": (1, 0, 1)}, "std"),
         ({"parameters": torch.tensor(NEUTRAL).repeat(2, 1), "generator": torch.Generator()}, "not both"),
