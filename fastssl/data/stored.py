@@ -83,8 +83,36 @@ def _whole(path: str) -> bytes:
         return file.read()
 
 
+class _Stored:
+    """What all kinds of images on disk share: who knows a name and a location can read."""
+
+    _files: OpenFiles
+
+    def __len__(self) -> int:
+        raise NotImplementedError
+
+    def name(self, index: int) -> str:
+        raise NotImplementedError
+
+    def location(self, index: int) -> Location:
+        raise NotImplementedError
+
+    @property
+    def digest(self) -> str:
+        """Equal only if the images' names and order are."""
+        return names_digest(map(self.name, range(len(self))))
+
+    def read(self, index: int) -> bytes:
+        """Image `index`, encoded.
+
+        Raises:
+            DataError: the file, its shard or the record cannot be read.
+        """
+        return self._files.read(self.location(index), self.name(index))
+
+
 @dataclass(frozen=True)
-class FolderImages:
+class FolderImages(_Stored):
     """Image files on disk, of any size."""
 
     paths: tuple[Path, ...]
@@ -100,11 +128,6 @@ class FolderImages:
         """Files lie in no shards."""
         return None
 
-    @property
-    def digest(self) -> str:
-        """Equal only if the images' names and order are."""
-        return names_digest(map(self.name, range(len(self))))
-
     def name(self, index: int) -> str:
         """The path of image `index`."""
         return str(self.paths[index])
@@ -113,14 +136,6 @@ class FolderImages:
         """Where image `index` lies."""
         return Location(str(self.paths[index]))
 
-    def read(self, index: int) -> bytes:
-        """Image `index`, encoded.
-
-        Raises:
-            DataError: the file cannot be read.
-        """
-        return self._files.read(self.location(index), self.name(index))
-
     def subset(self, index: "Tensor") -> "FolderImages":
         """The images at `index`."""
         labels = None if self.labels is None else self.labels[index]
@@ -128,7 +143,7 @@ class FolderImages:
 
 
 @dataclass(frozen=True)
-class TarImages:
+class TarImages(_Stored):
     """Images in WebDataset shards, read where they lie."""
 
     shards: tuple[str, ...]
@@ -146,11 +161,6 @@ class TarImages:
         """In which shard each image lies: N, int64."""
         return _tensor(self.places[0])
 
-    @property
-    def digest(self) -> str:
-        """Equal only if the images' names and order are."""
-        return names_digest(map(self.name, range(len(self))))
-
     def name(self, index: int) -> str:
         """SHARD/MEMBER of image `index`."""
         return f"{self.shards[self.places[0, index]]}/{self.members[index]}"
@@ -160,14 +170,6 @@ class TarImages:
         shard, offset, length = self.places[:, index].tolist()
         return Location(self.shards[shard], offset, length)
 
-    def read(self, index: int) -> bytes:
-        """Image `index`, encoded.
-
-        Raises:
-            DataError: the shard cannot be read.
-        """
-        return self._files.read(self.location(index), self.name(index))
-
     def subset(self, index: "Tensor") -> "TarImages":
         """The images at `index`."""
         labels = None if self.labels is None else self.labels[index]
@@ -176,7 +178,7 @@ class TarImages:
 
 
 @dataclass(frozen=True)
-class RecordImages:
+class RecordImages(_Stored):
     """Images in TFRecord files, one tf.train.Example each."""
 
     shards: tuple[str, ...]
@@ -221,11 +223,6 @@ class RecordImages:
         except ValueError as error:
             raise ImageError(self.name(index), str(error)) from None
 
-    @property
-    def digest(self) -> str:
-        """Equal only if the images' names and order are."""
-        return names_digest(map(self.name, range(len(self))))
-
     def name(self, index: int) -> str:
         """FILE#NUMBER of image `index`."""
         return f"{self.shards[self.places[0, index]]}#{self.places[3, index]}"
@@ -234,14 +231,6 @@ class RecordImages:
         """Where the record of image `index` lies."""
         shard, offset, length, _ = self.places[:, index].tolist()
         return Location(self.shards[shard], offset, length, record=True)
-
-    def read(self, index: int) -> bytes:
-        """Image `index`, encoded.
-
-        Raises:
-            DataError: the file cannot be read, or the record has no image.
-        """
-        return self._files.read(self.location(index), self.name(index))
 
     def subset(self, index: "Tensor") -> "RecordImages":
         """The images at `index`."""
