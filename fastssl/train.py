@@ -6,8 +6,10 @@ import jsonargparse
 
 from fastssl import cli
 from fastssl.data import absolute, is_named
-from fastssl.engine.config import CONFIGS, Config, recipe_names, recipe_path
+from fastssl.engine import launch
+from fastssl.engine.config import CONFIGS, Config, check, recipe_names, recipe_path
 from fastssl.engine.config import RECIPES as SHIPPED
+from fastssl.engine.run_folder import open_run_folder
 from fastssl.errors import FastsslError
 
 # The recipe when --data is given and --recipe is not.
@@ -107,9 +109,11 @@ def _run_name(recipe: Path, method: str) -> str:
 def main(arguments: list[str]) -> int:
     """Parse, train, and return the exit code."""
     config, name = parse(arguments)
-    from fastssl.engine.trainer import Trainer  # torch and its company take seconds; a wrong option should not
-
-    return Trainer(config, name).fit()
+    check(config)
+    if processes := launch.processes_to_start(config):
+        output = open_run_folder(config, name).path  # one for all, also when they are started again
+        return launch.start([*arguments, f"--output={output}"], config, processes)
+    return launch.worker(config, name)
 
 
 if __name__ == "__main__":

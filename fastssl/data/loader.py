@@ -4,7 +4,7 @@ So a resumed run sees what an uninterrupted one would have seen, and no loader h
 """
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from importlib.util import find_spec
 from typing import Protocol
 
@@ -28,7 +28,7 @@ class Loader(Protocol):
     def __len__(self) -> int:
         """Batches an epoch."""
 
-    def batches(self, epoch: int, start: int = 0) -> Iterator[list[Tensor]]:
+    def batches(self, epoch: int, start: int = 0) -> Generator[list[Tensor], None, None]:
         """The batches of an epoch from number `start` on; each a list of views, N×3×size×size, normalised."""
 
     @property

@@ -11,11 +11,26 @@ from fastssl.data.sources import Source, in_memory, open_source
 from fastssl.engine.config import Config, MoCoConfig
 from fastssl.errors import FastsslError
 from fastssl.methods import BYOL, MoCo
-from fastssl.models import create_backbone
+from fastssl.models import batch_norm_group, checkpoint_activations, create_backbone, sync_batch_norms
 
 
-def build_method(config: Config, total_steps: int) -> MoCo | BYOL:
-    """The method with the random weights that the configuration's seed gives, the same every time."""
+def build_method(config: Config, total_steps: int, world: int = 1) -> MoCo | BYOL:
+    """The method with the random weights that the configuration's seed gives, the same every time and everywhere.
+
+    Args:
+        config: what to build.
+        total_steps: of the training.
+        world: processes that the batch is spread over; they must have met if batch norm is over all of them.
+    """
+    method = _seeded(config, total_steps, world)
+    if config.sync_bn and world > 1:
+        sync_batch_norms(method, batch_norm_group(config.bn_group), apex=config.apex)
+    if config.checkpoint_activations:
+        checkpoint_activations(method.backbone)
+    return method
+
+
+def _seeded(config: Config, total_steps: int, world: int) -> MoCo | BYOL:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(mixed_seed(config.seed, "weights"))
         backbone = create_backbone(config.backbone, small_images=config.small_images)
@@ -28,7 +43,7 @@ def build_method(config: Config, total_steps: int) -> MoCo | BYOL:
                 temperature=config.temperature,
                 head=config.head,
                 symmetric=config.symmetric,
-                bn_splits=config.bn_splits,
+                bn_splits=max(1, config.bn_splits // world),
                 seed=config.seed,
             )
         return BYOL(

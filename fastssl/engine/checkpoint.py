@@ -3,17 +3,32 @@
 import re
 import zipfile
 from collections.abc import Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from fastssl.engine.config import IDENTITY, PLACE, Config, to_dict
 from fastssl.errors import FastsslError
 from fastssl.files import atomic_write
 
-FORMAT = 2  # raised when an older reader could not understand the file
-KEYS = {"format", "method", "config", "model", "optimizer", "step", "total_steps", "data", "rng"}
+FORMAT = 3  # raised when an older reader could not understand the file
+KEYS = {
+    "format",
+    "method",
+    "config",
+    "model",
+    "optimizer",
+    "step",
+    "total_steps",
+    "data",
+    "world",
+    "processes",
+    "training_step",
+    "alarms",
+}
 
 
 def save(path: Path, state: Mapping[str, Any]) -> None:
@@ -110,11 +125,37 @@ def step_of(path: Path) -> int:
     return int(path.stem.split("-")[1])
 
 
-class CheckpointFolder:
-    """The checkpoints of one run, named by step; keeps the newest `keep`."""
+def copy_to_host(state: Any) -> Any:
+    """A copy in the host's memory that what happens next does not change; waits once for the GPU, if there is one."""
+    copied = _copied(state)
+    if torch.cuda.is_initialized():
+        torch.cuda.synchronize()
+    return copied
 
-    def __init__(self, folder: Path, keep: int = 2) -> None:
-        self.folder, self.keep = folder, keep
+
+def _copied(value: Any) -> Any:
+    if isinstance(value, Tensor):
+        if value.device.type == "cpu":
+            return value.clone()
+        return torch.empty_like(value, device="cpu", pin_memory=True).copy_(value, non_blocking=True)
+    if isinstance(value, Mapping):
+        return {key: _copied(inner) for key, inner in value.items()}
+    return [_copied(inner) for inner in value] if isinstance(value, (list, tuple)) else value
+
+
+class CheckpointFolder:
+    """The checkpoints of one run, named by step, written by a thread while the training goes on.
+
+    Args:
+        folder: where they lie.
+        keep: the newest ones that are kept.
+        milestones: those of steps that it divides are kept for good; 0: none.
+    """
+
+    def __init__(self, folder: Path, keep: int = 2, milestones: int = 0) -> None:
+        self.folder, self.keep, self.milestones = folder, keep, milestones
+        self._thread = ThreadPoolExecutor(1, "checkpoint")  # Python waits for it at its end
+        self._writing: Future[Path] | None = None
 
     def paths(self) -> list[Path]:
         """All checkpoints, oldest first."""
@@ -126,8 +167,36 @@ class CheckpointFolder:
         path = self.folder / f"step-{state['step']:09d}.pt"
         save(path, state)
         for old in self.paths()[: -self.keep]:
-            old.unlink(missing_ok=True)
+            if not self.milestones or step_of(old) % self.milestones:
+                old.unlink(missing_ok=True)
         return path
+
+    def save_later(self, state: Mapping[str, Any]) -> None:
+        """Copy the state, and save the copy while the caller goes on.
+
+        Raises:
+            FastsslError: the one before could not be written; this one is being written nevertheless.
+        """
+        before, copied = self._writing, copy_to_host(state)
+        try:
+            if before is not None:
+                before.result()
+        finally:
+            self._writing = self._thread.submit(self.save, copied)
+
+    def finish(self) -> Path | None:
+        """Wait for the checkpoint under way; its path, or None if there is none.
+
+        Raises:
+            FastsslError: it could not be written.
+        """
+        writing, self._writing = self._writing, None
+        return None if writing is None else writing.result()
+
+    def clean(self) -> None:
+        """Delete what a killed process has left of a file that it was writing."""
+        for part in self.folder.glob("*.tmp"):
+            part.unlink(missing_ok=True)
 
     def set_aside_after(self, step: int) -> None:
         """Rename later checkpoints, so that none of an abandoned course is taken for the newest."""

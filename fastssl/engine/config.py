@@ -1,6 +1,6 @@
 """What a training is: every field is an option of the command line and a key of a YAML recipe."""
 
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -9,6 +9,7 @@ import yaml
 from fastssl.errors import FastsslError
 
 RECIPES = Path(__file__).parents[1] / "recipes"
+AlarmName = Literal["collapse", "stuck", "nonfinite", "drift", "throughput", "lag"]
 
 
 @dataclass(kw_only=True)
@@ -53,6 +54,8 @@ class Recipe:
     """For exponential: steps between two multiplications by lr_gamma."""
     warmup_epochs: float = 0.0
     """Linear rise of the learning rate from 0, in epochs."""
+    sync_bn: bool = False
+    """Batch norm over the batch of all processes (BYOL: yes). MoCo's keys are shuffled among the processes instead."""
     seed: int = 0
     """Seed of weights, queue, order of the images and augmentations."""
 
@@ -66,17 +69,31 @@ class RunOptions:
     holdout: float = 0.0
     """Share of a folder's images (0…1) kept out of training for evaluation when it has no val or test folder."""
     gpus: int | None = None
-    """GPUs to train on; 0 is the CPU. Default: all there are."""
+    """GPUs of this machine to train on, a process each; 0 is the CPU. Default: all there are."""
+    procs: int | None = None
+    """Processes to train with on the CPU, over gloo, instead of GPUs."""
+    max_restarts: int = 3
+    """How often processes that died are started again, each time from the newest checkpoint."""
     output: str | None = None
     """Run folder. Default: runs/NAME-NUMBER."""
     resume: str = "never"
     """auto: go on from the newest checkpoint of the run folder; or a checkpoint file; or never."""
-    precision: Literal["auto", "float32", "bfloat16"] = "auto"
-    """bfloat16 autocast, or none; auto: bfloat16 where the device computes it faster."""
+    precision: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """bfloat16 or float16 autocast (the latter with a loss scaler), or none; auto: bfloat16 where it is faster."""
+    accumulate: int = 1
+    """Micro-batches whose gradients make one step: a part of the memory, the same batch_size."""
+    checkpoint_activations: bool = False
+    """Compute the backbone's blocks once more in the backward pass instead of keeping what they computed."""
     channels_last: bool = True
     """Keep images and convolutions in channels_last order."""
     compile: bool = False
     """Compile the networks with torch.compile: a minute at the start, faster steps."""
+    deterministic: bool = False
+    """Use algorithms alone that give the same bits every time; on a GPU they are slower."""
+    apex: bool = False
+    """Use the fused SGD and, with sync_bn, the batch norm of NVIDIA apex, which must be installed."""
+    bn_group: int = 0
+    """With sync_bn: batch norm over groups of so many processes; 0: over all."""
     exclude: str | None = None
     """File with the names of images to leave out, as `python -m fastssl.data scan` writes it."""
     loader: Literal["auto", "dali", "torchvision"] = "auto"
@@ -93,6 +110,14 @@ class RunOptions:
     """Steps between checkpoints; 0: at the end of every epoch only."""
     keep_checkpoints: int = 2
     """Checkpoints kept; older ones are deleted."""
+    milestone_epochs: float = 0.0
+    """Epochs between checkpoints that are kept for good; 0: none."""
+    queue_check_steps: int = 100
+    """Steps between two checks that all processes hold the same queue and networks; 0: none."""
+    nonfinite_limit: int = 20
+    """Steps in a row without finite gradients, each left out, after which the training ends; 0: do not look."""
+    stop_on: list[AlarmName] = field(default_factory=list)
+    """Alarms that end the training, after a checkpoint: collapse, stuck, nonfinite, drift, throughput, lag."""
     log_steps: int = 10
     """Steps between two lines of metrics."""
     knn_epochs: float = 1.0
@@ -124,7 +149,7 @@ class MoCoConfig(Recipe, RunOptions):
     symmetric: bool = False
     """Take each view as the query once and add the losses."""
     bn_splits: int = 1
-    """Compute batch norm over so many parts of the batch: the statistics of many GPUs on one."""
+    """Compute batch norm over so many parts of the batch, spread over the processes: the statistics of as many GPUs."""
 
 
 @dataclass(kw_only=True)
@@ -153,6 +178,8 @@ class BYOLConfig(Recipe, RunOptions):
     """Change the learning rate at the start of epochs only, as MoCo's authors; otherwise at every step."""
     warmup_epochs: float = 10.0
     """Linear rise of the learning rate from 0, in epochs."""
+    sync_bn: bool = True
+    """Batch norm over the batch of all processes."""
     projection_dim: int = 256
     """Components of projections and predictions."""
     hidden_dim: int = 4096
@@ -171,7 +198,9 @@ LEAST = {
     "batch_size": 1, "epochs": 0, "steps": 1, "lr": 0, "lr_batch": 1, "optimizer_momentum": 0, "weight_decay": 0,
     "lars_eta": 0, "lr_gamma": 0, "lr_decay_steps": 1, "warmup_epochs": 0, "seed": 0, "gpus": 0, "workers": 0,
     "prefetch": 1, "checkpoint_steps": 0, "keep_checkpoints": 1, "log_steps": 1, "knn_epochs": 0, "knn_k": 1,
-    "knn_images": 1, "dim": 1, "queue_size": 1, "bn_splits": 1, "projection_dim": 1, "hidden_dim": 1,
+    "knn_images": 1, "procs": 1, "max_restarts": 0, "accumulate": 1, "bn_group": 0, "milestone_epochs": 0,
+    "queue_check_steps": 0, "nonfinite_limit": 0,
+    "dim": 1, "queue_size": 1, "bn_splits": 1, "projection_dim": 1, "hidden_dim": 1,
 }  # fmt: skip
 
 
@@ -200,6 +229,37 @@ def check(config: Config) -> None:
         raise FastsslError(f"bn_splits {splits} does not divide batch_size {config.batch_size}")
     if splits > 1 and config.batch_size // splits < 2:
         raise FastsslError(f"bn_splits {splits} leaves one image a part of batch_size {config.batch_size}")
+    if splits > 1 and config.sync_bn:
+        raise FastsslError(
+            f"bn_splits {splits} and sync_bn: batch norm is over parts of the batch or over all, use one"
+        )
+    if config.bn_group and not config.sync_bn:
+        raise FastsslError(f"bn_group {config.bn_group} is for sync_bn: add --sync_bn true, or leave it out")
+
+
+def images_a_process(config: Config, world: int) -> int:
+    """This process's part of the batch.
+
+    Raises:
+        FastsslError: the batch cannot be spread evenly over `world` processes, their micro-batches and the parts of
+            batch norm.
+    """
+    splits, parts = getattr(config, "bn_splits", 1), world * config.accumulate
+    if config.batch_size % parts:
+        spread = f"{world} processes" + (f" of {config.accumulate} micro-batches" if config.accumulate > 1 else "")
+        raise FastsslError(
+            f"batch_size {config.batch_size} cannot be spread over {spread}: make it a multiple of {parts}"
+        )
+    if splits > world and splits % world:
+        raise FastsslError(f"bn_splits {splits} cannot be spread over {world} processes: make it a multiple of them")
+    here = max(1, splits // world)
+    if config.batch_size // parts % here or (config.batch_size // parts // here < 2 and not config.sync_bn):
+        raise FastsslError(
+            f"batch_size {config.batch_size} over {world} processes with accumulate {config.accumulate} and bn_splits "
+            f"{splits} leaves batch norm {config.batch_size / parts / here:g} images at a time: give it a whole "
+            "number, 2 or more"
+        )
+    return config.batch_size // world
 
 
 def recipe_names(method: str | None = None) -> list[str]:
@@ -229,7 +289,7 @@ def from_dict(method: str, values: dict[str, Any]) -> Config:
     """The configuration that `to_dict` gave."""
     if method not in CONFIGS:
         raise FastsslError(f"unknown method '{method}'; known are {', '.join(CONFIGS)}")
-    known = {field.name for field in fields(CONFIGS[method])}
+    known = {f.name for f in fields(CONFIGS[method])}
     return CONFIGS[method](**{key: value for key, value in values.items() if key in known})
 
 

@@ -1,6 +1,7 @@
 """What the training runs on: the device, the precision that is fastest there, and the CPU's memory allocator."""
 
 import ctypes
+import os
 import platform
 
 import torch
@@ -8,11 +9,15 @@ import torch
 from fastssl.errors import FastsslError
 
 
-def select_device(gpus: int | None) -> torch.device:
-    """The device for ``--gpus``: None is all there are, 0 the CPU.
+def select_device(gpus: int | None, local_rank: int = 0) -> torch.device:
+    """The device of a process for ``--gpus``: None or 1 and more is a GPU if there is one, 0 the CPU.
+
+    Args:
+        gpus: as asked for.
+        local_rank: number of the process on this machine.
 
     Raises:
-        FastsslError: more GPUs are asked for than exist, or more than one.
+        FastsslError: more GPUs are asked for than exist.
     """
     available = torch.cuda.device_count()
     wanted = available if gpus is None else gpus
@@ -21,9 +26,11 @@ def select_device(gpus: int | None) -> torch.device:
     if wanted > available:
         there = f"{available} GPU{'s' * (available != 1)}"
         raise FastsslError(f"gpus {wanted} asks for more than the {there} of this machine: use --gpus {available}")
-    if wanted > 1:
-        raise FastsslError(f"gpus {wanted}: training on several GPUs is not built yet; use --gpus 1")
-    return torch.device("cuda", 0) if wanted else torch.device("cpu")
+    if wanted and local_rank >= available:
+        raise FastsslError(
+            f"process {local_rank} of this machine has no GPU, there are {available}: start one process a GPU"
+        )
+    return torch.device("cuda", local_rank) if wanted else torch.device("cpu")
 
 
 def autocast_dtype(precision: str, device: torch.device) -> torch.dtype | None:
@@ -34,11 +41,17 @@ def autocast_dtype(precision: str, device: torch.device) -> torch.dtype | None:
     """
     if precision == "float32":
         return None
-    if precision == "bfloat16":
-        return torch.bfloat16
+    if precision in ("bfloat16", "float16"):
+        return torch.bfloat16 if precision == "bfloat16" else torch.float16
     if device.type == "cuda":
         return torch.bfloat16 if torch.cuda.get_device_capability(device) >= (8, 0) else None
     return torch.bfloat16 if cpu_has_bfloat16() else None
+
+
+def be_deterministic() -> None:
+    """Let torch refuse or replace algorithms that do not give the same bits every time."""
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS reads it at its first product
+    torch.use_deterministic_algorithms(True)
 
 
 def cpu_has_bfloat16() -> bool:

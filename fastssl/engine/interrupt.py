@@ -1,11 +1,15 @@
-"""Ctrl-C and SIGTERM as a wish: the loop finishes its step, saves and ends. A second one ends at once."""
+"""Ctrl-C and SIGTERM as a wish: the loop finishes its step, saves and ends."""
 
 import signal
 from types import FrameType
 
 
 class Interrupt:
-    """A context in which `requested` turns True at the first SIGINT or SIGTERM.
+    """A context in which `requested` turns true at the first SIGINT or SIGTERM.
+
+    Args:
+        patient: a second signal changes nothing: an agent sends its own after the user's, and kills when it is tired of
+            waiting. Otherwise a second one ends the process at once.
 
     Example:
         >>> with Interrupt() as interrupt:
@@ -15,7 +19,8 @@ class Interrupt:
 
     SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
-    def __init__(self) -> None:
+    def __init__(self, patient: bool = False) -> None:
+        self.patient = patient
         self.requested: signal.Signals | None = None
 
     def __enter__(self) -> "Interrupt":
@@ -26,8 +31,9 @@ class Interrupt:
         self._restore()
 
     def _note(self, number: int, frame: FrameType | None) -> None:
-        self.requested = signal.Signals(number)
-        self._restore()
+        self.requested = self.requested or signal.Signals(number)
+        if not self.patient:
+            self._restore()
 
     def _restore(self) -> None:
         for number, handler in self._previous.items():

@@ -29,6 +29,25 @@ class _LogFile(logging.FileHandler):
         """Say nothing: a full disk has been told about where it matters."""
 
 
+class Silence:
+    """The logger of the processes that neither print nor write."""
+
+    def __enter__(self) -> "Silence":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+    def say(self, text: str, warning: bool = False) -> None:
+        """Nothing."""
+
+    def metrics(self, step: int, **values: float) -> None:
+        """Nothing."""
+
+    def progress(self, step: int, **shown: str) -> None:
+        """Nothing."""
+
+
 class RunLogger:
     """Writes one run's metrics and shows its progress; use as a context manager.
 

@@ -29,6 +29,7 @@ class RunFolder:
         """
         self.checkpoints.folder.mkdir(parents=True, exist_ok=True)
         write_text(self.config, to_yaml(config))
+        self.checkpoints.clean()
         self.checkpoints.set_aside_after(step)
         if self.metrics.exists():
             kept = [json.dumps(row) for row in read_metrics(self.metrics) if 0 < step >= row["step"]]

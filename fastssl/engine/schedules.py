@@ -26,9 +26,14 @@ def warmup(step: int, steps: float, base: float) -> float:
     return base * step / steps
 
 
+def peak(recipe: Recipe) -> float:
+    """The learning rate at its highest: scaled with the batch where the recipe says so."""
+    return recipe.lr * (recipe.batch_size / recipe.lr_batch if recipe.lr_batch else 1.0)
+
+
 def learning_rate(recipe: Recipe, steps_per_epoch: int, total_steps: int) -> Callable[[int], float]:
     """The learning rate of every step, counted from 0."""
-    base = recipe.lr * (recipe.batch_size / recipe.lr_batch if recipe.lr_batch else 1.0)
+    base = peak(recipe)
     rise = recipe.warmup_epochs * steps_per_epoch
 
     def rate(step: int) -> float:

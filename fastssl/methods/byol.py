@@ -24,7 +24,8 @@ class BYOL(nn.Module):
         total_steps: K, the steps of the whole training.
 
     Attributes:
-        online, target: backbone and projector; predictor; step: updates made so far.
+        online, target: backbone and projector; predictor; step: steps made so far; embeddings: the online projections
+            of the last training batch, N×D, without gradient.
 
     Raises:
         FastsslError: a value outside its range.
@@ -57,6 +58,7 @@ class BYOL(nn.Module):
         projector = byol_head(feature_dim(backbone), hidden_dim, projection_dim)
         self.online = nn.Sequential(OrderedDict(backbone=backbone, projector=projector))
         self.target = momentum_copy(self.online)
+        self.embeddings: Tensor | None = None
         self.predictor = byol_head(projection_dim, hidden_dim, projection_dim)
         self.register_buffer("step", torch.zeros((), dtype=torch.int64))
         keep_buffers_local(self)
@@ -65,6 +67,11 @@ class BYOL(nn.Module):
     def backbone(self) -> nn.Module:
         """The online network's backbone: what the training is for."""
         return self.online.backbone  # type: ignore[return-value]
+
+    @property
+    def momentum_pair(self) -> tuple[nn.Module, nn.Module]:
+        """The network that the momentum update moves, and the one that it follows."""
+        return self.target, self.online
 
     def forward(self, views: Sequence[Tensor]) -> Tensor:
         """The symmetrised loss of two views, each N×3×H×W: the sum of both directions, the mean over the batch."""
@@ -79,6 +86,10 @@ class BYOL(nn.Module):
         ops.ema_update_(self.target.parameters(), self.online.parameters(), self.momentum)
         self.step.add_(1)
 
+    def skip_step(self) -> None:
+        """To be called instead of `after_step` when no step was made: τ goes on nevertheless."""
+        self.step.add_(1)
+
     @property
     def momentum(self) -> Tensor:
         """τ(k) = 1 - (1-τ₀)·(cos(πk/K)+1)/2, a 0-d float64 tensor; 1 from step K on (section 3.3)."""
@@ -86,7 +97,10 @@ class BYOL(nn.Module):
         return 1 - (1 - self.base_momentum) * (torch.cos(torch.pi * progress) + 1) / 2
 
     def _regress(self, view: Tensor, other: Tensor) -> Tensor:
-        q = self.predictor(self.online(view))  # predictions: N×D
+        projections = self.online(view)  # N×D
+        q = self.predictor(projections)  # predictions: N×D
+        if self.training:
+            self.embeddings = projections.detach()
         with torch.no_grad():
             z = self.target(other)  # target projections: N×D
         return ops.normalized_mse(in_float(q), in_float(z)).mean()  # half under autocast; the loss is not

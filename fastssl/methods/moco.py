@@ -30,7 +30,8 @@ class MoCo(nn.Module):
         seed: of the queue's random rows and of the permutations of shuffle-BN; the same on all ranks.
 
     Attributes:
-        encoder_q, encoder_k: backbone and projector; queue: the `fastssl.ops.KeyQueue`.
+        encoder_q, encoder_k: backbone and projector; queue: the `fastssl.ops.KeyQueue`; embeddings: the queries of the
+            last training batch, N×D, without gradient.
 
     Raises:
         FastsslError: a value outside its range.
@@ -71,12 +72,18 @@ class MoCo(nn.Module):
         self.queue = ops.KeyQueue(queue_size, dim, generator=torch.Generator().manual_seed(seed))
         self._generator = torch.Generator().manual_seed(seed)
         self._stash: list[Tensor] = []
+        self.embeddings: Tensor | None = None
         keep_buffers_local(self)
 
     @property
     def backbone(self) -> nn.Module:
         """The query encoder's backbone: what the training is for."""
         return self.encoder_q.backbone  # type: ignore[return-value]
+
+    @property
+    def momentum_pair(self) -> tuple[nn.Module, nn.Module]:
+        """The network that the momentum update moves, and the one that it follows."""
+        return self.encoder_k, self.encoder_q
 
     def forward(self, views: Sequence[Tensor]) -> Tensor:
         """The contrastive loss of two views of the same images; the keys wait for `after_step`.
@@ -100,6 +107,10 @@ class MoCo(nn.Module):
             self.queue.enqueue_(keys)
         self._stash.clear()
 
+    def skip_step(self) -> None:
+        """To be called instead of `after_step` when no step was made: its keys are forgotten."""
+        self._stash.clear()
+
     def _contrast(self, view_q: Tensor, view_k: Tensor) -> Tensor:
         if self.training:
             # Shuffle-BN: a key must not share its batch statistics with its query, or they give it away.
@@ -110,6 +121,7 @@ class MoCo(nn.Module):
                 # keys: N×D, and those of all ranks for the queue
                 k, everyone = ops.unshuffle_and_gather(self.encoder_k(shuffled), handle)
             self._stash.append(everyone)
+            self.embeddings = q.detach()
         else:  # a validation loss leaves no keys behind
             q = self.encoder_q(view_q)  # queries: N×D
             with torch.no_grad():

@@ -13,8 +13,14 @@ from fastssl.errors import FastsslError
 
 
 def state(step: int = 1, **values: Any) -> dict[str, Any]:
-    base = {"method": "moco", "config": to_dict(MoCoConfig()), "model": {"w": torch.ones(3)}, "optimizer": {}}
-    return {**base, "step": step, "total_steps": 9, "data": {}, "rng": {}, **values}
+    base: dict[str, Any] = {
+        "method": "moco",
+        "config": to_dict(MoCoConfig()),
+        "model": {"w": torch.ones(3)},
+        "optimizer": {},
+    }
+    base |= {"training_step": {}, "alarms": {}, "seconds": 0.0, "data": {}, "world": 1, "processes": []}
+    return {**base, "step": step, "total_steps": 9, **values}
 
 
 def test_round_trip(tmp_path: Path) -> None:

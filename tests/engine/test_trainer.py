@@ -1,6 +1,7 @@
 """Whole trainings on a handful of images: what is written, and what a stop or a crash leaves behind."""
 
 import json
+import math
 import os
 import shutil
 import signal
@@ -19,8 +20,10 @@ from torch.utils.tensorboard import SummaryWriter
 from fastssl import evaluate, train
 from fastssl.engine.checkpoint import load
 from fastssl.engine.run_folder import read_metrics
+from fastssl.engine.step import TrainingStep
 from fastssl.engine.trainer import Trainer
 from fastssl.errors import FastsslError
+from fastssl.methods import MoCo as MoCoMethod
 
 SMALL = (
     "--backbone small_resnet16 --batch_size 4 --epochs 3 --knn_k 3 --log_steps 1 --precision float32 --gpus 0".split()
@@ -89,26 +92,27 @@ def test_a_resumed_run_equals_an_uninterrupted_one(method: str, image_folder: Pa
     run(method, image_folder, broken, "--resume", "auto", "--checkpoint_steps", "2", "--keep_checkpoints", "9")
     assert losses(broken) == losses(whole)
     one, other = weights(whole), weights(broken)
-    for part in ("model", "optimizer", "step", "rng"):
+    for part in ("model", "optimizer", "training_step", "alarms", "step", "processes"):
         assert equal(one[part], other[part]), part
 
 
 def test_ctrl_c_saves_and_resume_goes_on(image_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     output, calls = tmp_path / "run", []
-    step = Trainer._train_step
+    step = TrainingStep.__call__
 
-    def interrupted(self: Trainer, views: list[Tensor]) -> Tensor:
-        calls.append(self.step)
+    def interrupted(self: TrainingStep, views: list[Tensor], rate: float) -> Tensor:
+        calls.append(rate)
         if len(calls) == 5:
             os.kill(os.getpid(), signal.SIGINT)
-        return step(self, views)
+        return step(self, views, rate)
 
-    monkeypatch.setattr(Trainer, "_train_step", interrupted)
+    monkeypatch.setattr(TrainingStep, "__call__", interrupted)
     assert run("moco", image_folder, output) == 130
-    assert weights(output)["step"] == 5
+    reached = weights(output)["step"]
+    assert 5 <= reached <= 6  # that the processes agree takes a step
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
     assert run("moco", image_folder, output, "--resume", "auto") == 0
-    assert calls == list(range(9))
+    assert len(calls) == 9
     assert [s for s, _ in losses(output)] == list(range(1, 10))
 
 
@@ -211,16 +215,17 @@ def test_what_changes_at_a_resume_is_said_and_done(
 def test_a_corrupt_image_met_in_training_loses_nothing(
     loader: str, image_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    step = Trainer._train_step
+    step, calls = TrainingStep.__call__, []
     Image.new("RGB", (40, 30)).save(image_folder / "train" / "dog" / "13.png")  # so they are not held in memory
 
-    def damaging(self: Trainer, views: list[Tensor]) -> Tensor:
-        if self.step == 3:
+    def damaging(self: TrainingStep, views: list[Tensor], rate: float) -> Tensor:
+        calls.append(rate)
+        if len(calls) == 4:
             for path in (image_folder / "train").rglob("*.png"):
                 path.write_bytes(b"")
-        return step(self, views)
+        return step(self, views, rate)
 
-    monkeypatch.setattr(Trainer, "_train_step", damaging)
+    monkeypatch.setattr(TrainingStep, "__call__", damaging)
     with pytest.raises(FastsslError, match=r"cannot read"):
         run("moco", image_folder, tmp_path / "run", "--loader", loader, "--workers", "0", "--epochs", "9")
     assert weights(tmp_path / "run")["step"] >= 4
@@ -334,9 +339,22 @@ def test_a_full_disk_does_not_end_the_training(
 def test_a_loss_that_is_no_number_ends_the_training(
     image_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(Trainer, "_train_step", lambda self, views: torch.tensor(float("nan")))
-    with pytest.raises(FastsslError, match=r"the loss is nan at step 1: lower --lr"):
-        run("moco", image_folder, tmp_path / "run")
+    forward = MoCoMethod.forward
+    poisoned: list[int] = []
+
+    def broken(self: MoCoMethod, views: list[Tensor]) -> Tensor:
+        poisoned.append(len(poisoned))
+        return forward(self, views) * (math.nan if len(poisoned) > 2 else 1)
+
+    monkeypatch.setattr(MoCoMethod, "forward", broken)
+    with pytest.raises(FastsslError, match=r"no finite gradients in 3 steps up to 5: lower --lr \(now 0\.0"):
+        run("moco", image_folder, tmp_path / "run", "--nonfinite_limit", "3", "--checkpoint_steps", "2")
+    state = weights(tmp_path / "run")
+    assert all(bool(tensor.isfinite().all()) for tensor in state["model"].values() if isinstance(tensor, Tensor))
+    assert state["training_step"]["skipped"] >= 3
+    log = (tmp_path / "run" / "log.txt").read_text()
+    assert "ALARM nonfinite" in log
+    assert "ended early: saved" in log
 
 
 def test_evaluate_gives_the_trainings_last_accuracy(

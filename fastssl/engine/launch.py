@@ -1,0 +1,189 @@
+"""Starting the processes of a training on this machine, or joining those that torchrun or srun have started."""
+
+import contextlib
+import ctypes
+import dataclasses
+import json
+import logging
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+import traceback
+from pathlib import Path
+from typing import Any
+
+from fastssl.engine.config import Config
+from fastssl.errors import FastsslError
+
+PARENT = "FASTSSL_AGENT"  # process id of the agent that we are, for its workers
+GRACE = 120  # seconds to save after a signal, before a process is killed
+
+
+def processes_to_start(config: Config) -> int:
+    """How many processes this command has to start; 0: it is one of them, or the only one."""
+    if config.procs is not None and config.gpus:
+        raise FastsslError(f"gpus {config.gpus} and procs {config.procs}: processes are on GPUs or on the CPU")
+    join_slurm()
+    if "RANK" in os.environ:
+        return 0
+    wanted = config.procs
+    if wanted is None:
+        import torch
+
+        there = torch.cuda.device_count()
+        wanted = there if config.gpus is None else config.gpus
+        if wanted > there:
+            raise FastsslError(
+                f"gpus {wanted} asks for more than the {there} GPU{'s' * (there != 1)} of this machine: use --gpus "
+                f"{there}, or --procs {wanted} for as many processes on the CPU"
+            )
+    return wanted if wanted > 1 else 0
+
+
+def start(arguments: list[str], config: Config, processes: int) -> int:
+    """Run this command in `processes` processes under torch's elastic agent; returns its exit code.
+
+    The agent starts all of them again, at most `max_restarts` times, when one dies.
+
+    Args:
+        arguments: of `fastssl.train`, with the output folder.
+        config: what they mean.
+        processes: to start.
+    """
+    from torch.distributed.elastic.multiprocessing.api import DefaultLogsSpecs, SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # `_report` says what it would
+    os.environ[PARENT] = str(os.getpid())
+    with tempfile.TemporaryDirectory(prefix="fastssl-") as logs:
+        agent = LaunchConfig(
+            min_nodes=1, max_nodes=1, nproc_per_node=processes, run_id="fastssl", rdzv_backend="c10d",
+            rdzv_endpoint="localhost:0", local_addr="localhost", max_restarts=config.max_restarts,
+            logs_specs=DefaultLogsSpecs(log_dir=logs),
+            **_if_known(LaunchConfig, shutdown_timeout=GRACE),
+        )  # fmt: skip
+        try:
+            elastic_launch(agent, sys.executable)("-m", "fastssl.train", *arguments)
+        except SignalException as stop:
+            return 128 + stop.sigval.value
+        except ChildFailedError as error:
+            return _report(error)
+    return 0
+
+
+def worker(config: Config, name: str) -> int:
+    """Train in this process, alone or as one of many; what goes wrong is told once, by the agent if there is one."""
+    error_file = os.environ.get("TORCHELASTIC_ERROR_FILE")
+    if error_file is None:
+        return _train(config, name)
+    _end_with_the_agent()
+    if (hopeless := _earlier_error(Path(error_file))) is not None:
+        Path(error_file).write_text(hopeless)
+        return 2
+    try:
+        return _train(config, name)
+    except Exception as error:
+        _record(Path(error_file), error)
+        return 2 if isinstance(error, FastsslError) else 1
+
+
+def join_slurm() -> None:
+    """Translate what srun says of this process to torchrun's variables; nothing if srun started one or none.
+
+    Raises:
+        FastsslError: where the first process runs cannot be found out.
+    """
+    env = os.environ
+    if "RANK" in env or int(env.get("SLURM_STEP_NUM_TASKS", "1")) < 2:
+        return
+    world, nodes = int(env["SLURM_STEP_NUM_TASKS"]), int(env.get("SLURM_STEP_NUM_NODES", "1"))
+    if world % nodes:
+        raise FastsslError(f"srun started {world} tasks on {nodes} nodes: start as many on each, one a GPU")
+    env.setdefault("MASTER_ADDR", _first_host())
+    env.setdefault("MASTER_PORT", str(20000 + (int(env["SLURM_JOB_ID"]) * 7 + int(env["SLURM_STEP_ID"])) % 20000))
+    env["RANK"], env["WORLD_SIZE"] = env["SLURM_PROCID"], str(world)
+    env["LOCAL_RANK"], env["LOCAL_WORLD_SIZE"] = env["SLURM_LOCALID"], str(world // nodes)
+
+
+def _first_host() -> str:
+    nodes = os.environ["SLURM_STEP_NODELIST"]
+    if not set(nodes) & set("[,"):
+        return nodes
+    try:
+        listed = subprocess.run(["scontrol", "show", "hostnames", nodes], capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError) as error:
+        raise FastsslError(
+            f"cannot tell the first host of SLURM_STEP_NODELIST={nodes} ({error}): set MASTER_ADDR to it"
+        ) from None
+    return listed.stdout.split()[0]
+
+
+def _train(config: Config, name: str) -> int:
+    from fastssl.engine.team import joined
+    from fastssl.engine.trainer import Trainer  # torch and its company take seconds; a wrong option should not
+
+    with joined(config.gpus, config.procs) as team:
+        return Trainer(config, name, team).fit()
+
+
+def _end_with_the_agent() -> None:
+    """Ask the kernel for a SIGTERM when our agent dies: it cannot end us any more."""
+    if PARENT in os.environ:
+        pr_set_pdeathsig = 1  # prctl.h
+        with contextlib.suppress(OSError, AttributeError):
+            ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGTERM)
+        if os.getppid() != int(os.environ[PARENT]):
+            sys.exit(128 + signal.SIGTERM)  # it was dead before we asked
+
+
+def _earlier_error(error_file: Path) -> str | None:
+    """The error of an earlier attempt that another one cannot mend: it is the user's."""
+    for earlier in sorted(error_file.parents[1].parent.glob("attempt_*/*/error.json")):
+        text = earlier.read_text()
+        if json.loads(text)["message"]["extraInfo"].get("user") == "yes":
+            return text
+    return None
+
+
+def _record(error_file: Path, error: Exception) -> None:
+    """Write an error as torch's agents read it."""
+    user = isinstance(error, FastsslError)
+    extra = {
+        "py_callstack": f"error: {error}" if user else traceback.format_exc(),
+        "timestamp": str(int(time.time())),
+        "user": "yes" if user else "no",
+    }
+    message = str(error) if user else f"{type(error).__name__}: {error}"
+    error_file.write_text(json.dumps({"message": {"message": message, "extraInfo": extra}}))
+
+
+def _report(error: Any) -> int:
+    """Print the failure that came first, of those that are not its consequences."""
+    rank, failure = min(error.failures.items(), key=lambda item: (_consequence(item[1]), item[1].timestamp))
+    if isinstance(failure.message, str):  # it ended without a word
+        print(f"error: process {rank} died: {failure.message}", file=sys.stderr)
+        return 1
+    extra = failure.message["extraInfo"]
+    if extra.get("user") == "yes":
+        print(f"error: {failure.message['message']}", file=sys.stderr)
+        return 2
+    print(f"process {rank} failed:\n{extra['py_callstack']}", file=sys.stderr)
+    return 1
+
+
+def _consequence(failure: Any) -> bool:
+    """Whether it says only that another process has gone."""
+    text = "" if isinstance(failure.message, str) else failure.message["message"]
+    return any(
+        sign in text for sign in ("Connection closed by peer", "Connection reset by peer", "has one of them died")
+    )
+
+
+def _if_known(function: Any, **options: Any) -> dict[str, Any]:
+    """The options that this version of torch has."""
+    known = {field.name for field in dataclasses.fields(function)}
+    return {name: value for name, value in options.items() if name in known}
