@@ -106,7 +106,8 @@ def join_slurm() -> None:
     env.setdefault("MASTER_ADDR", _first_host())
     env.setdefault("MASTER_PORT", str(20000 + (int(env["SLURM_JOB_ID"]) * 7 + int(env["SLURM_STEP_ID"])) % 20000))
     env["RANK"], env["WORLD_SIZE"] = env["SLURM_PROCID"], str(world)
-    env["LOCAL_RANK"], env["LOCAL_WORLD_SIZE"] = env["SLURM_LOCALID"], str(world // nodes)
+    alone = "CUDA_VISIBLE_DEVICES" in env and "," not in env["CUDA_VISIBLE_DEVICES"]  # with the one GPU it sees
+    env["LOCAL_RANK"], env["LOCAL_WORLD_SIZE"] = "0" if alone else env["SLURM_LOCALID"], str(world // nodes)
 
 
 def _first_host() -> str:

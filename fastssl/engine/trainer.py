@@ -150,18 +150,15 @@ class Trainer:
             self._log(feed, log)
         if config.queue_check_steps and self.step % config.queue_check_steps == 0:
             agreement.check(self.team, self.method, self.step)
-        if config.nonfinite_limit and self.train_step.skipped_in_a_row >= config.nonfinite_limit:
+        if config.nonfinite_limit and self.train_step.skipped_in_a_row == config.nonfinite_limit:
             self.reason = (
                 f"no finite gradients in {self.train_step.skipped_in_a_row} steps up to {self.step}: lower --lr (now "
                 f"{self.rate(self.step - 1):g}) or lengthen --warmup_epochs"
             )
         with self.window.paused():
             if evaluate:
-                self._evaluate(log)
-            if config.checkpoint_steps:
-                due = self.step % config.checkpoint_steps == 0
-            else:
-                due = self.step % len(self.loader) == 0
+                self._evaluate(log)  # before the checkpoint: a run that goes on from it does not do it again
+            due = self.step % (config.checkpoint_steps or len(self.loader)) == 0
             if last or due or (config.milestone_epochs and self._due(config.milestone_epochs)):
                 self._save(log, last)
 
@@ -202,11 +199,15 @@ class Trainer:
             if self.step:
                 epoch += "  loss {:.3f}  {:,.0f} images/s".format(*self.last)
             if self.config.knn_epochs and not self.evaluator.cannot_knn:
-                knn = self.evaluator.knn(self.method.backbone)
-                assert knn is not None
-                log.metrics(self.step, epoch=self.step / len(self.loader), knn=knn, seconds=self.seconds)
-                log.progress(self.step, knn=f"{knn:.1%}")
-                log.say(f"{epoch}  kNN {knn:.1%}")
+                try:
+                    knn = self.evaluator.knn(self.method.backbone)
+                except DataError as error:
+                    self.reason = str(error)
+                else:
+                    assert knn is not None
+                    log.metrics(self.step, epoch=self.step / len(self.loader), knn=knn, seconds=self.seconds)
+                    log.progress(self.step, knn=f"{knn:.1%}")
+                    log.say(f"{epoch}  kNN {knn:.1%}")
             elif self.step:
                 log.say(epoch)
         self.team.wait()

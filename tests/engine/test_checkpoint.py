@@ -1,6 +1,8 @@
 """Checkpoints: whole or not at all."""
 
+import concurrent.futures
 import os
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -55,7 +57,7 @@ def test_the_data_is_on_the_disk_before_the_name(tmp_path: Path, monkeypatch: py
     assert calls == ["fsync", "replace", "fsync"]
 
 
-@pytest.mark.parametrize("share", [0.0, 0.1, 0.5, 0.9, 0.99])
+@pytest.mark.parametrize("share", [*(tenth / 10 for tenth in range(10)), 0.99])
 def test_a_damaged_newest_gives_way_to_the_one_before(share: float, tmp_path: Path) -> None:
     folder = CheckpointFolder(tmp_path, keep=3)
     folder.save(state(1))
@@ -130,3 +132,43 @@ def test_another_method_or_network_is_refused(config: MoCoConfig | BYOLConfig, n
 def test_a_configuration_comes_back_as_it_was() -> None:
     for config in (MoCoConfig(lr=0.1, lr_milestones=[1.0]), BYOLConfig(steps=3)):
         assert from_dict(config.method, to_dict(config)) == config
+
+
+def test_a_checkpoint_is_written_while_its_tensors_change(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And an error is told at the next one, which is written nevertheless."""
+    folder, write, go_on = CheckpointFolder(tmp_path), torch.save, threading.Event()
+
+    def slow(content: object, file: Any) -> None:
+        assert go_on.wait(60)
+        write(content, file)
+
+    def full(content: object, file: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(torch, "save", slow)
+    weight = torch.zeros(3)
+    folder.save_later(state(1, model={"w": weight}))
+    weight += 1
+    assert not folder.paths()
+    go_on.set()
+    assert folder.finish() == folder.paths()[0]
+    assert torch.equal(load(folder.paths()[0])["model"]["w"], torch.zeros(3))
+    assert folder.finish() is None
+    monkeypatch.setattr(torch, "save", full)
+    folder.save_later(state(2))
+    concurrent.futures.wait([folder._writing])  # type: ignore[list-item]
+    monkeypatch.setattr(torch, "save", write)
+    with pytest.raises(FastsslError, match=r"cannot write the checkpoint .*step-000000002\.pt.*No space left"):
+        folder.save_later(state(3))
+    assert folder.finish() == tmp_path / "step-000000003.pt"
+    assert [p.name for p in folder.paths()] == ["step-000000001.pt", "step-000000003.pt"]
+
+
+def test_milestones_are_kept(tmp_path: Path) -> None:
+    folder = CheckpointFolder(tmp_path, keep=2, milestones=4)
+    for step in range(1, 12):
+        folder.save(state(step))
+    assert [p.name for p in folder.paths()] == [f"step-{step:09d}.pt" for step in (4, 8, 10, 11)]
+    (tmp_path / "step-000000012.pt.tmp").write_bytes(b"killed while writing")
+    folder.clean()
+    assert len(list(tmp_path.iterdir())) == 4

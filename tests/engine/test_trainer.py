@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 
 from fastssl import evaluate, train
+from fastssl.engine.alarms import Alarm, Alarms
 from fastssl.engine.checkpoint import load
 from fastssl.engine.run_folder import read_metrics
 from fastssl.engine.step import TrainingStep
@@ -92,7 +93,7 @@ def test_a_resumed_run_equals_an_uninterrupted_one(method: str, image_folder: Pa
     run(method, image_folder, broken, "--resume", "auto", "--checkpoint_steps", "2", "--keep_checkpoints", "9")
     assert losses(broken) == losses(whole)
     one, other = weights(whole), weights(broken)
-    for part in ("model", "optimizer", "training_step", "alarms", "step", "processes"):
+    for part in ("model", "optimizer", "training_step", "step", "processes"):
         assert equal(one[part], other[part]), part
 
 
@@ -386,3 +387,61 @@ def test_compiled_networks_train_the_same(image_folder: Path, tmp_path: Path) ->
         run("moco", image_folder, tmp_path / name, "--epochs", "1", *options)
     one, other = losses(tmp_path / "eager"), losses(tmp_path / "compiled")
     assert [loss for _, loss in one] == pytest.approx([loss for _, loss in other], abs=1e-3)
+
+
+def test_computing_activations_again_changes_nothing(image_folder: Path, tmp_path: Path) -> None:
+    run("moco", image_folder, tmp_path / "kept", "--epochs", "1")
+    run("moco", image_folder, tmp_path / "again", "--epochs", "1", "--checkpoint_activations", "true")
+    assert losses(tmp_path / "again") == losses(tmp_path / "kept")
+    one, other = weights(tmp_path / "kept"), weights(tmp_path / "again")
+    assert equal(one["model"], other["model"])
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")  # TensorBoard's thread
+def test_an_output_folder_that_goes_away_comes_back(
+    image_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    step, calls = TrainingStep.__call__, []
+
+    def remove(self: TrainingStep, views: list[Tensor], rate: float) -> Tensor:
+        calls.append(rate)
+        if len(calls) == 5:
+            shutil.rmtree(tmp_path / "run")
+        return step(self, views, rate)
+
+    monkeypatch.setattr(TrainingStep, "__call__", remove)
+    assert run("moco", image_folder, tmp_path / "run") == 0
+    assert weights(tmp_path / "run")["step"] == 9
+    assert [s for s, _ in losses(tmp_path / "run")] == [5, 6, 7, 8, 9]
+
+
+def test_an_alarm_can_end_the_training(image_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(
+        Alarms, "check", lambda self, step, *_: [Alarm("drift", "too far. Look at --momentum")] if step == 2 else []
+    )
+    with pytest.raises(FastsslError, match=r"stopped by the alarm drift, as --stop_on says: too far"):
+        run("moco", image_folder, tmp_path / "run", "--stop_on", "[collapse,drift]")
+    assert 2 <= weights(tmp_path / "run")["step"] <= 4
+    assert "ALARM drift at step 2: too far" in (tmp_path / "run" / "log.txt").read_text()
+    assert [row["step"] for row in read_metrics(tmp_path / "run" / "metrics.jsonl") if "alarm/drift" in row] == [2]
+
+
+@pytest.mark.parametrize(
+    ("options", "named"),
+    [
+        (
+            ("--accumulate", "3"),
+            r"batch_size 4 cannot be spread over 1 process of 3 micro-batches: make it a multiple of 3",
+        ),
+        (("--sync_bn", "true"), r"bn_splits 2 and sync_bn"),
+        (("--bn_group", "2"), r"bn_group 2 is for sync_bn"),
+        (("--accumulate", "2"), r"leaves batch norm 1 images at a time"),
+        (("--apex", "true"), r"apex"),
+    ],
+)
+def test_options_that_do_not_go_together(
+    options: tuple[str, str], named: str, image_folder: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(FastsslError, match=named):
+        run("moco", image_folder, tmp_path / "run", *options)
+    assert not (tmp_path / "run").exists()
