@@ -1,7 +1,7 @@
 """Reads in threads, lets DALI decode, crop and flip, and `augment_` (or DALI) change the colours."""
 
 from collections import deque
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from functools import partial
@@ -15,8 +15,9 @@ from torch.utils.dlpack import from_dlpack
 from fastssl.data import dali_graph, damaged, geometry
 from fastssl.data.augmentation import View
 from fastssl.data.damaged import Item
-from fastssl.data.decode import check_header
+from fastssl.data.decode import header
 from fastssl.data.loading import Loading
+from fastssl.data.one_thread import one_thread
 from fastssl.data.order import Order, mixed_generator
 from fastssl.data.remote_shards import RemoteShards
 from fastssl.data.sources import ArrayImages, Images
@@ -29,7 +30,7 @@ READERS = 16  # threads that wait for a disk, more than there are cores
 class _Batch(NamedTuple):
     number: int
     size: int
-    images: Any  # N×H×W×3 uint8, or a list of futures of encoded images
+    images: Any  # N×H×W×3 uint8, or a list of futures of encoded images and their sizes
     items: Sequence[Item]  # the same by name, if they are encoded
 
 
@@ -48,7 +49,6 @@ class DaliLoader:
 
     def __init__(self, images: Images, views: tuple[View, ...], order: Order, options: Loading) -> None:
         self.images, self.views, self.order, self.options = images, views, order, options
-        self.geometric = [view.geometry for view in views]  # and DALI can do them
         self.photometric = [view.photometric for view in views]
         self._pixels = (
             images.pixels.permute(0, 2, 3, 1).contiguous().numpy() if isinstance(images, ArrayImages) else None
@@ -65,7 +65,7 @@ class DaliLoader:
         """See `Loader`."""
         return {"loader": "dali", "color": self.options.color}
 
-    def batches(self, epoch: int, start: int = 0) -> Iterator[list[Tensor]]:
+    def batches(self, epoch: int, start: int = 0) -> Generator[list[Tensor], None, None]:
         """See `Loader`.
 
         Raises:
@@ -138,21 +138,20 @@ class DaliLoader:
     def _begin(self, readers: ThreadPoolExecutor, number: int, items: Sequence[Item]) -> _Batch:
         """A batch whose files are being read, and their headers checked, by the threads."""
 
-        def checked(name: str, read: Callable[[], bytes]) -> bytes:
-            return check_header(read(), name)
+        def checked(name: str, read: Callable[[], bytes]) -> tuple[bytes, tuple[int, int]]:
+            encoded = read()
+            return encoded, header(encoded, name)
 
         return _Batch(number, len(items), [readers.submit(checked, *item) for item in items], items)
 
     def _schedule(self, batch: _Batch, epoch: int) -> None:
         """Start a batch; DALI goes on with it in threads of its own."""
-        images = batch.images
-        if self._pixels is None:
-            images = self._encoded(batch)
+        images, sizes = self._encoded(batch) if self._pixels is None else (batch.images, batch.images.shape[1:3])
         feed = self._pipeline.feed_input
         feed("images", images)
         for number in range(len(self.views)):
-            if self.geometric[number]:
-                feed(f"geometry{number}", self._geometry(batch, epoch, number).numpy())
+            for name, values in self._geometry(batch, epoch, number, sizes).items():
+                feed(f"{name}{number}", values.numpy())
             if self.photometric[number] and self.options.color == "dali":
                 feed(f"color{number}", self._colors(batch, epoch, number).numpy())
         self._pipeline.schedule_run()
@@ -171,12 +170,11 @@ class DaliLoader:
             if self.options.color == "dali":
                 views.append(images.permute(0, 3, 1, 2).to(self.options.dtype, copy=True))
                 continue
-            parameters = self._colors(batch, epoch, number)
-            views.append(
-                augment_(
-                    images, self.photometric[number], parameters, mean=view.mean, std=view.std, dtype=self.options.dtype
+            steps, parameters = self.photometric[number], self._colors(batch, epoch, number)
+            with one_thread(0 if gpu else batch.size * view.size**2):
+                views.append(
+                    augment_(images, steps, parameters, mean=view.mean, std=view.std, dtype=self.options.dtype)
                 )
-            )
         self._pipeline.release_outputs()
         if gpu:
             self._hold(outputs)
@@ -203,10 +201,12 @@ class DaliLoader:
             except (RuntimeError, AttributeError):  # the latter when the interpreter is about to end
                 self._pipeline = None
 
-    def _geometry(self, batch: _Batch, epoch: int, view: int) -> Tensor:
+    @one_thread()
+    def _geometry(self, batch: _Batch, epoch: int, view: int, sizes: Tensor | Sequence[int]) -> dict[str, Tensor]:
         generator = self.generator(batch.number, epoch, view, "geometry")
-        return geometry.draw(self.views[view], batch.size, generator)
+        return geometry.inputs(self.views[view], geometry.draw(self.views[view], batch.size, generator), sizes)
 
+    @one_thread()
     def _colors(self, batch: _Batch, epoch: int, view: int) -> Tensor:
         size = self.views[view].size
         generator = self.generator(batch.number, epoch, view, "color")
@@ -216,13 +216,14 @@ class DaliLoader:
         """Where the parameters of a batch come from; `purpose` is "geometry" or "color"."""
         return mixed_generator(self.options.seed, epoch, number, self.options.rank, view, purpose)
 
-    def _encoded(self, batch: _Batch) -> list[Any]:
-        """The encoded images of a batch, when they have been read.
+    def _encoded(self, batch: _Batch) -> tuple[list[Any], Tensor]:
+        """The encoded images of a batch and their sizes, N×2, when they have been read.
 
         Raises:
             DataError: some cannot be read; it names all that are damaged.
         """
         try:
-            return [np.frombuffer(future.result(), np.uint8) for future in batch.images]
+            read = [future.result() for future in batch.images]
         except DataError as error:
             raise damaged.report(batch.items, error) from None
+        return [np.frombuffer(encoded, np.uint8) for encoded, _ in read], torch.tensor([size for _, size in read])

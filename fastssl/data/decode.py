@@ -4,7 +4,7 @@ import io
 from typing import Any
 
 import numpy as np
-from PIL import Image, UnidentifiedImageError
+from PIL import Image, TiffImagePlugin, UnidentifiedImageError
 
 from fastssl.errors import DataError
 
@@ -57,15 +57,17 @@ def decode(encoded: bytes, name: str) -> Image.Image:
         raise ImageError(name, _reason(encoded, error)) from None
 
 
-def check_header(encoded: bytes, name: str) -> bytes:
-    """Give `encoded` back if its beginning is that of an image that `decode` knows; some microseconds, no decoding.
+def header(encoded: bytes, name: str) -> tuple[int, int]:
+    """Height and width, as they are stored, of an image that `decode` knows: some microseconds, no decoding.
 
     Raises:
-        DataError: it is not.
+        DataError: it is none.
     """
     try:
-        with Image.open(io.BytesIO(encoded), formats=FORMATS):
-            return encoded
+        with Image.open(io.BytesIO(encoded), formats=FORMATS) as image:
+            if isinstance(image, TiffImagePlugin.TiffImageFile):  # whose size PIL turns with its orientation
+                return image.tag_v2[TiffImagePlugin.IMAGELENGTH], image.tag_v2[TiffImagePlugin.IMAGEWIDTH]
+            return image.height, image.width
     except Exception as error:
         raise ImageError(name, _reason(encoded, error)) from None
 

@@ -1,7 +1,7 @@
 """Decodes and augments one image at a time with torchvision, in worker processes; needs nothing but torchvision."""
 
 import os
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 
 import torch
 from torch import Tensor
@@ -37,7 +37,7 @@ class TorchvisionLoader:
     def __len__(self) -> int:
         return len(self.order)
 
-    def batches(self, epoch: int, start: int = 0) -> Iterator[list[Tensor]]:
+    def batches(self, epoch: int, start: int = 0) -> Generator[list[Tensor], None, None]:
         """See `Loader`."""
         if self._open:
             raise FastsslError("an iterator of this loader has not come to its end: close() it before the next")

@@ -197,12 +197,14 @@ def _draw(
     return {"grayscale": torch.ones(count)}
 
 
-def first_fitting(tries: Tensor, size: tuple[int, int], area: Range, aspect: Range, margin: int = 0) -> Tensor:
+def first_fitting(
+    tries: Tensor, size: tuple[int | Tensor, int | Tensor], area: Range, aspect: Range, margin: int = 0
+) -> Tensor:
     """The first of some random boxes that lies within the image: torchvision's sampling of crops and erasings.
 
     Args:
         tries: N×`TRIES`×4 uniform numbers in 0…1: area, aspect, top, left.
-        size: height and width of the image.
+        size: height and width of the images, or N of each.
         area: bounds of the box's share of the image.
         aspect: bounds of width / height.
         margin: pixels by which a box must be smaller than the image: 1 for erasing.
@@ -210,7 +212,7 @@ def first_fitting(tries: Tensor, size: tuple[int, int], area: Range, aspect: Ran
     Returns:
         N×4 int64: top, left, height, width; all 0 where none fits.
     """
-    height, width = size
+    height, width = (torch.as_tensor(side, dtype=tries.dtype).view(-1, 1) for side in size)
     areas = height * width * (area[0] + (area[1] - area[0]) * tries[..., 0])
     low, high = math.log(aspect[0]), math.log(aspect[1])
     ratios = (low + (high - low) * tries[..., 1]).exp()

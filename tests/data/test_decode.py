@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from fastssl.data import decode as module
-from fastssl.data.decode import ImageError, decode
+from fastssl.data.decode import ImageError, decode, header
 from fastssl.errors import DataError
 from tests.data.pictures import animated, deep, encode, readable, turned, unreadable
 
@@ -40,6 +40,17 @@ def test_unreadable_is_named_with_what_to_do(name: str, encoded: bytes) -> None:
 def test_the_reason_is_plain(encoded: bytes, said: str) -> None:
     with pytest.raises(ImageError, match=said):
         decode(encoded, "x.jpg")
+
+
+@pytest.mark.parametrize("format", ["JPEG", "PNG", "TIFF", "WEBP"])
+def test_the_header_has_the_size_as_it_is_stored(format: str) -> None:
+    """DALI's, whatever EXIF says: PIL turns a TIFF."""
+    exif, file = Image.Exif(), io.BytesIO()
+    exif[274] = 6
+    Image.new("RGB", (40, 20)).save(file, format, exif=exif)
+    assert header(file.getvalue(), "x") == (20, 40)
+    with pytest.raises(DataError, match="'x'"):
+        header(file.getvalue()[:5], "x")
 
 
 def test_exif_rotates_nothing_and_the_first_frame_counts() -> None:

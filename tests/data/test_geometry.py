@@ -36,6 +36,36 @@ def test_an_impossible_crop_falls_back_as_torchvisions(size: tuple[int, int], ge
         assert ours == [theirs[key] for key in ("top", "left", "height", "width")]
 
 
+def test_images_of_many_sizes_are_cropped_at_once(generator: torch.Generator) -> None:
+    """Each as if it were alone; where nothing fits, rounded as Python rounds."""
+    sizes = torch.randint(20, 400, (N // 20, 2), generator=generator)
+    for step in (RandomResizedCrop((0.2, 1.0)), RandomResizedCrop((1.0, 1.0), (0.952, 1.05))):
+        drawn = geometry.draw(View(8, (step,)), len(sizes), generator)
+        together = geometry.boxes(step, drawn, sizes)
+        transform = v2.RandomResizedCrop(8, step.area, step.aspect)
+        for box, row, size in zip(together.tolist(), drawn, sizes.tolist(), strict=True):
+            [alone] = geometry.boxes(step, row[None], size).tolist()
+            assert box == alone
+            if step.area[0] == 1 and not 0.9 < size[1] / size[0] < 1.1:  # what fits there fits by rounding
+                theirs = transform.make_params([torch.empty(3, *size, device="meta")])
+                assert box[2:] == [theirs["height"], theirs["width"]]
+        assert (together[:, :2] >= 0).all()
+        assert (together[:, :2] + together[:, 2:] <= sizes).all()
+
+
+def test_the_centre_of_images_of_many_sizes_is_torchvisions() -> None:
+    sizes = [(32, 50), (33, 50), (64, 32), (100, 41), (7, 300), (45, 45)]
+    given = geometry.inputs(View(32, ()), torch.zeros(len(sizes), geometry.COLUMNS), torch.tensor(sizes))
+    for row, size in enumerate(sizes):
+        short = 32 if min(size) == 32 else 37
+        image = tv.resize(torch.zeros(3, *size, dtype=torch.uint8), [short], antialias=True)
+        whole = given["whole"][row].int().tolist()
+        assert whole == list(image.shape[1:])
+        top, left = given["corner"][row].tolist()
+        assert (top, left) == tuple(round((side - 32) / 2) for side in whole)
+        assert given["extent"][row].tolist() == [32, 32]
+
+
 def test_flip_and_shift(generator: torch.Generator) -> None:
     drawn = geometry.draw(View(8, (HorizontalFlip(0.3), RandomShift(4))), N, generator)
     assert abs(drawn[:, 0].mean() - 0.3) < 0.012
