@@ -59,6 +59,9 @@ def start(arguments: list[str], config: Config, processes: int) -> int:
 
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # `_report` says what it would
     os.environ[PARENT] = str(os.getpid())
+    # torch (2.14) keeps one store for all attempts, in which processes started again may find the addresses of dead ones,
+    # and wait for them.
+    os.environ["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
     with tempfile.TemporaryDirectory(prefix="fastssl-") as logs:
         agent = LaunchConfig(
             min_nodes=1, max_nodes=1, nproc_per_node=processes, run_id="fastssl", rdzv_backend="c10d",
