@@ -246,7 +246,8 @@ def images_a_process(config: Config, world: int) -> int:
     """
     splits, parts = getattr(config, "bn_splits", 1), world * config.accumulate
     if config.batch_size % parts:
-        spread = f"{world} process{'es' * (world > 1)}" + (f" of {config.accumulate} micro-batches" if config.accumulate > 1 else "")
+        micro = f" of {config.accumulate} micro-batches" if config.accumulate > 1 else ""
+        spread = f"{world} process{'es' * (world > 1)}{micro}"
         raise FastsslError(
             f"batch_size {config.batch_size} cannot be spread over {spread}: make it a multiple of {parts}"
         )

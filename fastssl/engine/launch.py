@@ -59,8 +59,8 @@ def start(arguments: list[str], config: Config, processes: int) -> int:
 
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # `_report` says what it would
     os.environ[PARENT] = str(os.getpid())
-    # torch (2.14) keeps one store for all attempts, in which processes started again may find the addresses of dead ones,
-    # and wait for them.
+    # torch 2.14 keeps one store for all attempts, in which processes started again may find the addresses of dead ones,
+    # for which they wait.
     os.environ["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
     with tempfile.TemporaryDirectory(prefix="fastssl-") as logs:
         agent = LaunchConfig(

@@ -49,7 +49,8 @@ class Deal:
     def places(self) -> Tensor:
         """B: where each of this rank's rows is in the shuffled batches of all ranks, one after the other."""
         places = torch.empty_like(self.permutation)
-        places[self.order] = _slots(len(self.permutation), self.world, self.rank)
+        slots = _slots(len(self.permutation), self.world, self.rank)
+        places[self.order] = torch.tensor(slots, dtype=torch.int64, device="cpu")
         return places
 
 
@@ -70,10 +71,10 @@ def _begins(batch: int, world: int) -> list[int]:
 
 
 @lru_cache(64)
-def _slots(batch: int, world: int, rank: int) -> Tensor:
+def _slots(batch: int, world: int, rank: int) -> list[int]:
     """B: for each row of `order` its place in the shuffled batches of all ranks."""
-    slots = []
+    slots: list[int] = []
     for target in range(world):
         first = target * batch + sum(share(source, target, batch, world) for source in range(rank))
-        slots.append(torch.arange(first, first + share(rank, target, batch, world), device="cpu"))
-    return torch.cat(slots)
+        slots += range(first, first + share(rank, target, batch, world))
+    return slots
