@@ -9,7 +9,6 @@ from fastssl.data import absolute, is_named
 from fastssl.engine import launch
 from fastssl.engine.config import CONFIGS, Config, check, recipe_names, recipe_path
 from fastssl.engine.config import RECIPES as SHIPPED
-from fastssl.engine.run_folder import open_run_folder
 from fastssl.errors import FastsslError
 
 # The recipe when --data is given and --recipe is not.
@@ -111,6 +110,8 @@ def main(arguments: list[str]) -> int:
     config, name = parse(arguments)
     check(config)
     if processes := launch.processes_to_start(config):
+        from fastssl.engine.run_folder import open_run_folder  # imports torch, which takes seconds
+
         output = open_run_folder(config, name).path  # one for all, also when they are started again
         return launch.start([*arguments, f"--output={output}"], config, processes)
     return launch.worker(config, name)

@@ -42,7 +42,7 @@ def command(images: Path, output: Path, steps: int) -> list[str]:
     options = {
         "recipe": "moco_cifar10", "data": images, "output": output, "procs": 2, "backbone": "small_resnet16",
         "batch_size": 8, "bn_splits": 2, "queue_size": 20, "steps": steps, "augmentation": "moco_v2_small",
-        "precision": "float32", "checkpoint_steps": 2, "log_steps": 3, "knn_epochs": 4, "knn_k": 3, "workers": 1,
+        "precision": "float32", "checkpoint_steps": 2, "log_steps": 3, "knn_epochs": 9, "knn_k": 3, "workers": 1,
         "resume": "auto", "max_restarts": 3, "queue_check_steps": 5,
     }  # fmt: skip
     return [sys.executable, "-m", "fastssl.train", "moco", *(f"--{name}={value}" for name, value in options.items())]
@@ -74,16 +74,16 @@ def wait_for(way: str, output: Path, job: subprocess.Popen[str], usual: float) -
     """Until the moment of the kill: any time, any time after the first metrics, or while a checkpoint is written."""
     folder, metrics = output / "checkpoints", output / "metrics.jsonl"
     if "writing" in way:
-        skipped = random.randrange(8)
-        while job.poll() is None:
-            if list(folder.glob("*.tmp")) and (skipped := skipped - 1) < 0:
-                return
-            time.sleep(0.001)
+        chosen, seen = random.randrange(1, 20), set[str]()
+        while job.poll() is None and len(seen) < chosen:
+            seen |= {path.name for path in folder.glob("*.tmp")}
+            time.sleep(0.0005)
+        return
     length = metrics.stat().st_size if metrics.exists() else 0
     if random.random() < 0.8:
         while job.poll() is None and (metrics.stat().st_size if metrics.exists() else 0) <= length:
             time.sleep(0.01)
-        usual *= 0.15
+        usual *= 0.3
     end = time.time() + random.uniform(0, usual)
     while job.poll() is None and time.time() < end:
         time.sleep(0.005)
@@ -104,16 +104,14 @@ def strike(way: str, job: subprocess.Popen[str]) -> bool:
     return bool(victims)
 
 
-def saved(output: Path) -> list[int]:
-    """The steps of all checkpoints; each of them must be whole."""
-    steps = []
-    for path in CheckpointFolder(output / "checkpoints").paths():
-        with contextlib.suppress(FileNotFoundError):  # a newer one has replaced it meanwhile
-            path.stat()
-            steps.append(step_of(path))
-            if path.exists():
-                load(path)
-    return steps
+def saved(output: Path) -> list[Path]:
+    """The checkpoints, oldest first."""
+    return CheckpointFolder(output / "checkpoints").paths()
+
+
+def newest(output: Path) -> int:
+    """The step of the newest checkpoint; 0 without one."""
+    return max(map(step_of, saved(output)), default=0)
 
 
 def one_run(images: Path, output: Path, steps: int, whole: list[dict[str, object]], usual: float) -> str:
@@ -128,26 +126,28 @@ def one_run(images: Path, output: Path, steps: int, whole: list[dict[str, object
         job = start(command(images, output, steps))
         while len(kills) < wanted and job.poll() is None:
             wait_for(way, output, job, usual)
-            reached = max([reached, *saved(output)])
+            reached = max(reached, newest(output))
             if strike(way, job):
                 kills.append(reached)
             if way.startswith("job"):
                 break
             time.sleep(1)  # until the agent has seen it
         text, _ = job.communicate(timeout=600)
-        assert max([0, *saved(output)]) >= reached, f"{way}: the checkpoint of step {reached} is gone\n{text}"
+        for path in saved(output):
+            load(path)  # whole
+        assert newest(output) >= reached, f"{way}: the checkpoint of step {reached} is gone\n{text}"
         if job.returncode == 0:
             break
         assert way.startswith("job") and job.returncode == -signal.SIGKILL, f"{way}: {job.returncode}\n{text}"
     assert rows(output) == whole, f"{way}: other metrics\n{text}"
-    return f"{way} killed at {kills or 'no'} steps saved"
+    return f"{way} killed after the checkpoint of step {' and '.join(map(str, kills)) or 'none'}"
 
 
 def main() -> None:
     """The command line."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--runs", type=int, default=60)
-    parser.add_argument("--steps", type=int, default=31)
+    parser.add_argument("--steps", type=int, default=91)
     parser.add_argument("--seed", type=int, default=None)
     options = parser.parse_args()
     seed = int(time.time()) if options.seed is None else options.seed

@@ -59,6 +59,8 @@ def start(arguments: list[str], config: Config, processes: int) -> int:
 
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # `_report` says what it would
     os.environ[PARENT] = str(os.getpid())
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // processes)))
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # a thread that spins takes a core from another process
     # torch 2.14 keeps one store for all attempts, in which processes started again may find the addresses of dead ones,
     # for which they wait.
     os.environ["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"

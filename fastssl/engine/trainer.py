@@ -97,7 +97,8 @@ class Trainer:
         self.reason: str | None = None  # to end early
         self.notes: list[tuple[str, bool]] = []  # to be said at the start; True: a warning
         state = self._open(name)
-        torch.manual_seed(mixed_seed(config.seed, "training", self.team.rank, self.step))
+        step = 0 if state is None else state["step"]
+        torch.manual_seed(mixed_seed(config.seed, "training", self.team.rank, step))
         if state is not None:
             self._restore(state)
 
