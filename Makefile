@@ -3,6 +3,7 @@ PYTHON ?= python3
 TORCH ?= 2.14.1
 TORCHVISION ?= 0.29.1
 DALI ?= auto
+JOBS ?= 2
 ARGS ?=
 
 VENV := .venv
@@ -28,15 +29,16 @@ DALI_STAMP := $(VENV)/.dali-$(DALI)
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "%-8s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
 	@echo
-	@echo "Variables: PYTHON=$(PYTHON) TORCH=$(TORCH) TORCHVISION=$(TORCHVISION) DALI=auto|dali|dali-cu13|none ARGS='...'"
+	@echo "Variables: PYTHON=$(PYTHON) TORCH=$(TORCH) TORCHVISION=$(TORCHVISION) DALI=auto|dali|dali-cu13|none JOBS=$(JOBS) ARGS='...'"
 
 setup: $(BASE_STAMP) $(DALI_STAMP) ## Install fastssl, its tools and DALI into .venv
 
 demo: $(BASE_STAMP) $(DALI_STAMP) ## Train MoCo on the embedded data; ARGS='--help' lists the options
 	@$(PY) -m fastssl.train moco $(ARGS)
 
+# A process for each of two cores, whose threads do not spin while they wait for one.
 test: lint $(DALI_STAMP) ## Lint, then test; ARGS='-m "not slow"' goes to pytest
-	@$(PY) -m pytest $(ARGS)
+	@OMP_WAIT_POLICY=PASSIVE $(PY) -m pytest -n $(JOBS) --dist loadfile $(ARGS)
 
 lint: $(BASE_STAMP) ## Check style, format, types and what clang finds in the C++
 	@$(PY) -m ruff check

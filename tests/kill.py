@@ -2,8 +2,8 @@
 
 Every run is a job of two processes under the elastic agent. Either the whole job is killed (and started again with
 --resume auto) or one process (and the agent starts the others again), at a random moment or while a checkpoint is being
-written. In the end its metrics must be those of an uninterrupted run, bit for bit, and no checkpoint that was whole
-before a kill may be gone or damaged after it, but for those that newer ones replaced.
+written. In the end its metrics must be those of an uninterrupted run, bit for bit; the newest checkpoint before a kill,
+or a newer one, must be there after it, and all that are there must be whole.
 """
 
 import argparse

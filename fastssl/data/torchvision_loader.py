@@ -1,6 +1,7 @@
 """Decodes and augments one image at a time with torchvision, in worker processes; needs nothing but torchvision."""
 
 import os
+import signal
 from collections.abc import Generator, Iterator
 
 import torch
@@ -13,6 +14,8 @@ from fastssl.data.loading import Loading
 from fastssl.data.order import Order, mixed_seed
 from fastssl.data.sources import Images, load_image
 from fastssl.errors import FastsslError
+
+GRACE = 20  # seconds that a worker goes on after a SIGTERM
 
 
 class TorchvisionLoader:
@@ -106,6 +109,9 @@ def _collate(samples: list[Sample]) -> Sample:
 def _leave_signals_to_the_trainer(worker: int) -> None:
     """A terminal or a scheduler sends its signal to the group of processes, and workers that die of it take us along.
 
-    In a group of their own they get only what is meant for them: the SIGTERM by which the trainer ends them.
+    In a group of their own they are spared a terminal's. Some schedulers send SIGTERM to every single process: then the
+    trainer needs its workers for another step, and the time to save. It ends them by a message; should it come to a
+    SIGTERM of its own, they end a little later.
     """
     os.setpgid(0, 0)
+    signal.signal(signal.SIGTERM, lambda *_: signal.alarm(GRACE))

@@ -1,6 +1,6 @@
 """Whether all processes hold the same: their networks and queues are never sent, but computed by each from the same."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -54,13 +54,19 @@ def check(team: Team, method: Any, step: int) -> None:
             )
 
 
-def check_images(team: Team, data: Any) -> None:
-    """Compare what all processes read.
+def check_start(team: Team, config: Mapping[str, Any], data: Mapping[str, Any]) -> None:
+    """Compare what all processes are to do, and what they read.
 
     Raises:
-        FastsslError: they see other images, or make other views.
+        FastsslError: they have other options, see other images, or make other views.
     """
-    for rank, there in enumerate(team.gather(data)):
+    for rank, (options, there) in enumerate(team.gather((dict(config), dict(data)))):
+        for name, value in config.items():
+            if options[name] != value:
+                raise FastsslError(
+                    f"process {rank} has {name} {options[name]}, process {team.rank} has {value}: start all of them "
+                    "with the same options; a recipe that is not fastssl's must be a file that all can read"
+                )
         if there != data:
             raise FastsslError(
                 f"process {rank} reads {there['images']} images with {there['loader']}, process {team.rank} "

@@ -18,7 +18,7 @@ LEAST_ROWS = 32  # embeddings and components below which an effective rank tells
 NEAR_CHANCE = 0.95  # of the loss at chance
 MOST_DRIFT = 0.7
 COPY_DRIFT = 1e-8  # below the rounding of float32, so no momentum explains it
-SLOW, LAGGING = 0.5, 1.5
+SLOW, LAGGING, LAGGING_PART = 0.5, 1.5, 0.2
 HISTORY, LEAST_HISTORY = 60, 10  # windows whose median is the usual speed
 
 WINDOWS = {"collapse": 5, "stuck": 5, "nonfinite": 1, "drift": 5, "throughput": 10, "lag": 5}  # in a row
@@ -139,7 +139,7 @@ class Alarms:
             epoch: passes over the images so far.
             metrics: of the window; what is missing or not finite is not looked at: loss (mean), lr, momentum,
                 images_per_second, skipped (steps so far without finite loss and gradients), skipped_in_a_row,
-                spread, effective_rank and drift as of `health`.
+                step_seconds, spread, effective_rank and drift as of `health`.
             ranks: seconds of its own work a step of each rank, waiting for others left out.
 
         Returns:
@@ -147,6 +147,7 @@ class Alarms:
         """
         known = {name: float(value) for name, value in metrics.items() if math.isfinite(value)}
         skipped, stops = self._nonfinite(known)
+        lagging = _lag(ranks or (), known.get("step_seconds", 0.0))
         seen = [
             ("collapse", "collapse", self._collapse(step, epoch, known)),
             ("stuck", "stuck", self._stuck(step, epoch, known)),
@@ -154,7 +155,10 @@ class Alarms:
             ("nonfinite", "stop", stops),
             ("drift", "drift", self._drift(step, known, bool(skipped or stops))),
             ("throughput", "throughput", self._throughput(known)),
-            *(("lag", f"lag {rank}", text) for rank, text in enumerate(_lag(ranks or ()))),
+            *(
+                ("lag", f"lag {rank}", text)
+                for rank, text in enumerate(_lag(ranks or (), known.get("step_seconds", 0)))
+            ),
         ]
         return [Alarm(name, text) for name, key, text in seen if text is not None and self._rings(name, key, text)]
 
@@ -275,8 +279,8 @@ class Alarms:
         )
 
 
-def _lag(ranks: Sequence[float]) -> list[str]:
-    """A text for every rank that keeps the others waiting, "" for the others."""
+def _lag(ranks: Sequence[float], step: float) -> list[str]:
+    """A text for every rank that keeps the others waiting, for a good part of a step; "" for the others."""
     if len(ranks) < 2:
         return ["" for _ in ranks]
     usual = median_low(ranks)  # of two ranks the faster: the mean of both would hide the slower
@@ -284,7 +288,7 @@ def _lag(ranks: Sequence[float]) -> list[str]:
         f"rank {rank} of {len(ranks)} needs {seconds:.3g} s of its own work a step, {seconds / usual:.1f} times the "
         f"ranks' median of {usual:.3g} s, in {WINDOWS['lag']} windows in a row, and all wait for it. Look at that "
         "rank's disk, network, workers, other jobs on its machine, and its GPU's clock (nvidia-smi -q -d PERFORMANCE)"
-        if usual > 0 and seconds > LAGGING * usual
+        if usual > 0 and seconds > LAGGING * usual and seconds - usual > LAGGING_PART * step
         else ""
         for rank, seconds in enumerate(ranks)
     ]

@@ -1,9 +1,11 @@
 """Checkpoints: written whole or not at all, and read back only if they are whole."""
 
 import re
+import shutil
 import zipfile
 from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +43,10 @@ def save(path: Path, state: Mapping[str, Any]) -> None:
         with atomic_write(path) as file:
             torch.save({"format": FORMAT, **state}, file)
     except (OSError, RuntimeError) as error:  # torch.save turns some write errors into RuntimeError
-        raise FastsslError(f"cannot write the checkpoint '{path}' ({' '.join(str(error).split())})") from None
+        reason = " ".join(str(error).split())
+        with suppress(OSError):
+            reason += f"; {shutil.disk_usage(path.parent).free / 2**20:,.0f} MiB are free there"
+        raise FastsslError(f"cannot write the checkpoint '{path}' ({reason})") from None
 
 
 def load(path: Path) -> dict[str, Any]:
@@ -60,10 +65,10 @@ def load(path: Path) -> dict[str, Any]:
     except Exception as error:  # what a damaged pickle raises is anybody's guess
         reason = str(error).split("\n")[0][:100]
         raise FastsslError(f"the checkpoint '{path}' is damaged or not a checkpoint ({reason})") from None
+    if isinstance(state, dict) and state.get("format", FORMAT) != FORMAT:
+        raise FastsslError(f"'{path}' has format {state['format']}, this version of fastssl reads format {FORMAT}")
     if not isinstance(state, dict) or not state.keys() >= KEYS:
         raise FastsslError(f"'{path}' is not a checkpoint of fastssl.train")
-    if state["format"] != FORMAT:
-        raise FastsslError(f"'{path}' has format {state['format']}, this version of fastssl reads format {FORMAT}")
     return state
 
 

@@ -17,8 +17,10 @@ from typing import Any
 
 from fastssl.engine.config import Config
 from fastssl.errors import FastsslError
+from fastssl.files import write_text
 
 PARENT = "FASTSSL_AGENT"  # process id of the agent that we are, for its workers
+ERROR, SAVED = "error.json", "saved"  # files in the folder of a job
 GRACE = 120  # seconds to save after a signal, before a process is killed
 
 
@@ -57,7 +59,9 @@ def start(arguments: list[str], config: Config, processes: int) -> int:
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
-    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # `_report` says what it would
+    for name in logging.root.manager.loggerDict:
+        if name.startswith("torch.distributed.elastic"):
+            logging.getLogger(name).setLevel(logging.CRITICAL)  # what it would say is said below
     os.environ[PARENT] = str(os.getpid())
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // processes)))
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # a thread that spins takes a core from another process
@@ -74,26 +78,44 @@ def start(arguments: list[str], config: Config, processes: int) -> int:
         try:
             elastic_launch(agent, sys.executable)("-m", "fastssl.train", *arguments)
         except SignalException as stop:
-            return 128 + stop.sigval.value
+            return _ended_by(stop.sigval, Path(logs))
         except ChildFailedError as error:
             return _report(error)
     return 0
 
 
+def _ended_by(number: signal.Signals, logs: Path) -> int:
+    """The exit code after a signal; what went wrong is told if nothing could be saved."""
+    if list(logs.glob(f"*/{SAVED}")):
+        return 128 + number.value
+    *_, attempt = sorted(logs.glob("*/attempt_*"))
+    for path in attempt.glob(f"*/{ERROR}"):
+        print(f"error: {number.name}, and then: {json.loads(path.read_text())['message']['message']}", file=sys.stderr)
+        return 2
+    print(f"{number.name}: ended without a new checkpoint", file=sys.stderr)
+    return 128 + number.value
+
+
 def worker(config: Config, name: str) -> int:
     """Train in this process, alone or as one of many; what goes wrong is told once, by the agent if there is one."""
-    error_file = os.environ.get("TORCHELASTIC_ERROR_FILE")
-    if error_file is None:
+    if "TORCHELASTIC_ERROR_FILE" not in os.environ:
         return _train(config, name)
+    error_file = Path(os.environ["TORCHELASTIC_ERROR_FILE"])
+    logs = error_file.parents[2]  # of this job, of no other
     _end_with_the_agent()
-    if (hopeless := _earlier_error(Path(error_file))) is not None:
-        Path(error_file).write_text(hopeless)
-        return 2
+    died_of = _earlier_errors(logs)
+    for error in died_of:
+        if error["extraInfo"].get("user") == "yes":  # another attempt cannot mend it
+            write_text(error_file, json.dumps({"message": error}))
+            return 2
     try:
-        return _train(config, name)
+        code = _train(config, name, str(logs), died_of[-1]["extraInfo"]["py_callstack"] if died_of else "")
     except Exception as error:
-        _record(Path(error_file), error)
+        _record(error_file, error)
         return 2 if isinstance(error, FastsslError) else 1
+    if code > 128:
+        (logs / SAVED).touch()
+    return code
 
 
 def join_slurm() -> None:
@@ -128,31 +150,28 @@ def _first_host() -> str:
     return listed.stdout.split()[0]
 
 
-def _train(config: Config, name: str) -> int:
+def _train(config: Config, name: str, job: str = "", died_of: str = "") -> int:
     from fastssl.engine.team import joined
     from fastssl.engine.trainer import Trainer  # torch and its company take seconds; a wrong option should not
 
-    with joined(config.gpus, config.procs) as team:
+    with joined(config.gpus, config.procs, job, died_of) as team:
         return Trainer(config, name, team).fit()
 
 
 def _end_with_the_agent() -> None:
-    """Ask the kernel for a SIGTERM when our agent dies: it cannot end us any more."""
-    if PARENT in os.environ:
-        pr_set_pdeathsig = 1  # prctl.h
-        with contextlib.suppress(OSError, AttributeError):
-            ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGTERM)
-        if os.getppid() != int(os.environ[PARENT]):
-            sys.exit(128 + signal.SIGTERM)  # it was dead before we asked
+    """Ask the kernel for a SIGTERM when our agent dies, since it cannot end us any more; end at its Ctrl-C silently."""
+    signal.signal(signal.SIGINT, lambda *_: os._exit(128 + signal.SIGINT))  # until there is something to save
+    pr_set_pdeathsig = 1  # prctl.h
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGTERM)
+    if PARENT in os.environ and os.getppid() != int(os.environ[PARENT]):
+        sys.exit(128 + signal.SIGTERM)  # it was dead before we asked
 
 
-def _earlier_error(error_file: Path) -> str | None:
-    """The error of an earlier attempt that another one cannot mend: it is the user's."""
-    for earlier in sorted(error_file.parents[1].parent.glob("attempt_*/*/error.json")):
-        text = earlier.read_text()
-        if json.loads(text)["message"]["extraInfo"].get("user") == "yes":
-            return text
-    return None
+def _earlier_errors(logs: Path) -> list[Any]:
+    """What ended the attempts before this one, oldest first; of each what was not a consequence of something else."""
+    errors = [json.loads(path.read_text())["message"] for path in sorted(logs.glob(f"attempt_*/*/{ERROR}"))]
+    return [error for error in errors if not _lost_contact(error["message"])]
 
 
 def _record(error_file: Path, error: Exception) -> None:
@@ -164,7 +183,7 @@ def _record(error_file: Path, error: Exception) -> None:
         "user": "yes" if user else "no",
     }
     message = str(error) if user else f"{type(error).__name__}: {error}"
-    error_file.write_text(json.dumps({"message": {"message": message, "extraInfo": extra}}))
+    write_text(error_file, json.dumps({"message": {"message": message, "extraInfo": extra}}))
 
 
 def _report(error: Any) -> int:
@@ -183,7 +202,10 @@ def _report(error: Any) -> int:
 
 def _consequence(failure: Any) -> bool:
     """Whether it says only that another process has gone."""
-    text = "" if isinstance(failure.message, str) else failure.message["message"]
+    return not isinstance(failure.message, str) and _lost_contact(failure.message["message"])
+
+
+def _lost_contact(text: str) -> bool:
     return any(
         sign in text for sign in ("Connection closed by peer", "Connection reset by peer", "has one of them died")
     )

@@ -2,6 +2,7 @@
 
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from fastssl.errors import FastsslError
 from fastssl.files import write_text
 
 RUNS = Path("runs")
+JOB = ".job"  # in a run folder: which job has written there last
 
 
 class RunFolder:
@@ -22,18 +24,47 @@ class RunFolder:
         self.config, self.metrics, self.log = path / "config.yaml", path / "metrics.jsonl", path / "log.txt"
         self.tensorboard, self.report = path / "tensorboard", path / "report.html"
 
-    def prepare(self, config: Config, step: int) -> None:
+    def prepare(self, config: Config, step: int, job: str = "") -> None:
         """Write config.yaml and put aside what a run that goes on from `step` will write again.
 
         The metrics after `step` go, and a last line cut short by a crash; later checkpoints are renamed to *.pt.old.
+
+        Args:
+            config: of the run.
+            step: at which it begins.
+            job: whose run this is from now on; see `of_this_job`.
+
+        Raises:
+            FastsslError: it cannot be written.
         """
-        self.checkpoints.folder.mkdir(parents=True, exist_ok=True)
-        write_text(self.config, to_yaml(config))
-        self.checkpoints.clean()
-        self.checkpoints.set_aside_after(step)
-        if self.metrics.exists():
-            kept = [json.dumps(row) for row in read_metrics(self.metrics) if 0 < step >= row["step"]]
-            write_text(self.metrics, "".join(line + "\n" for line in kept))
+        try:
+            self.checkpoints.folder.mkdir(parents=True, exist_ok=True)
+            write_text(self.config, to_yaml(config))
+            self.checkpoints.clean()
+            self.checkpoints.set_aside_after(step)
+            if self.metrics.exists():
+                kept = [json.dumps(row) for row in read_metrics(self.metrics) if 0 < step >= row["step"]]
+                write_text(self.metrics, "".join(line + "\n" for line in kept))
+            write_text(self.path / JOB, job)
+        except OSError as error:
+            raise FastsslError(f"cannot write to the output folder '{self.path}' ({error.strerror or error})") from None
+
+
+def of_this_job(config: Config, name: str, job: str) -> Config:
+    """The configuration of processes that were started again: they go on with the run that their job has begun.
+
+    If it died before it had a run folder, it is `config` as it stands, and what lies there is somebody else's.
+
+    Args:
+        config: as given.
+        name: of the run.
+        job: the same for all attempts of one job, and for no other.
+    """
+    resume = config.resume if Path(config.resume).parent.name == "checkpoints" else "auto"
+    path = Path(config.output) if config.output else _default_output(resume, name)
+    mark = path / JOB
+    begun = bool(job) and mark.is_file() and mark.read_text() == job
+    return replace(config, resume="auto", output=str(path)) if begun else config
 
 
 def open_run_folder(config: Config, name: str) -> RunFolder:

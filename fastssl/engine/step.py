@@ -54,7 +54,7 @@ class TrainingStep:
         self.optimizer.zero_grad(set_to_none=True)
         loss = self._gradients(views)
         self.scaler.unscale_(self.optimizer)
-        if self._finite(loss):
+        if self._finite():
             self.optimizer.step()
             self.method.after_step()
             self.skipped_in_a_row = 0
@@ -67,7 +67,7 @@ class TrainingStep:
 
     def backward_seconds(self) -> float:
         """How long this process last took for its own gradients, without the exchange; 0 if it is alone."""
-        if self.model is self.method:
+        if not isinstance(self.model, DistributedDataParallel):
             return 0.0
         return float(self.model._get_ddp_logging_data().get("backward_compute_time", 0)) / 1e9
 
@@ -83,13 +83,15 @@ class TrainingStep:
             self.scaler.load_state_dict(state["scaler"])
 
     def _distributed(self) -> DistributedDataParallel:
-        return DistributedDataParallel(
+        model = DistributedDataParallel(
             self.method,
             device_ids=[self.device] if self.device.type == "cuda" else None,
             gradient_as_bucket_view=True,
             # Its one order of gradients lets it start sooner; `no_sync` and compiled parts do not keep to one.
             static_graph=self.config.accumulate == 1 and not self.config.compile,
         )
+        model._set_ddp_runtime_logging_sample_rate(self.config.log_steps)  # for `backward_seconds`
+        return model
 
     def _gradients(self, views: list[Tensor]) -> Tensor:
         """The mean loss over the micro-batches, and its gradients over all processes."""
@@ -104,9 +106,9 @@ class TrainingStep:
             losses.append(loss.detach())
         return torch.stack(losses).sum()
 
-    def _finite(self, loss: Tensor) -> bool:
+    def _finite(self) -> bool:
         """Whether a step can be made; the same on all processes, whose gradients are the same."""
-        if not self.config.nonfinite_limit:
+        if not self.config.nonfinite_limit and not self.scaler.is_enabled():  # a scaler goes up until they overflow
             return True
         gradients = [p.grad for group in self.optimizer.param_groups for p in group["params"] if p.grad is not None]
         largest = torch._foreach_norm(gradients, torch.inf)

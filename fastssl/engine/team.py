@@ -27,6 +27,8 @@ class Team:
         device: of this process.
         restarts: how often the processes have been started anew because some had died.
         control: a gloo group for messages between the hosts, or None for one process.
+        job: of which all processes and restarts are; "" for one that nobody would start again.
+        died_of: what ended the processes before these, in words.
     """
 
     device: torch.device
@@ -36,6 +38,8 @@ class Team:
     local_world: int = 1
     restarts: int = 0
     control: dist.ProcessGroup | None = None
+    job: str = ""
+    died_of: str = ""
 
     @property
     def leads(self) -> bool:
@@ -94,11 +98,17 @@ class Highest:
 
 
 @contextmanager
-def joined(gpus: int | None, procs: int | None) -> Iterator[Team]:
+def joined(gpus: int | None, procs: int | None, job: str = "", died_of: str = "") -> Iterator[Team]:
     """Meet the other processes that the environment tells of (torchrun's variables), or be alone.
 
+    Args:
+        gpus: the option.
+        procs: the option.
+        job: see `Team`.
+        died_of: see `Team`.
+
     Raises:
-        FastsslError: the environment is incomplete, or asks for GPUs that are not there.
+        FastsslError: the environment is incomplete, or does not fit the options or the machine.
     """
     if "RANK" not in os.environ:
         yield Team(select_device(0 if procs is not None else gpus))
@@ -106,6 +116,16 @@ def joined(gpus: int | None, procs: int | None) -> Iterator[Team]:
     rank, world, local_rank, local_world = (
         _number(n) for n in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
     )
+    for name in ("MASTER_ADDR", "MASTER_PORT"):
+        if not os.environ.get(name):
+            raise FastsslError(f"the environment has RANK, but not {name}: start with torchrun, srun or --gpus")
+    wanted = procs if procs is not None else gpus
+    if wanted and wanted != local_world:
+        option = "gpus" if procs is None else "procs"
+        raise FastsslError(
+            f"{option} {wanted}, but {local_world} processes were started on this machine: start {wanted} "
+            f"(torchrun --nproc-per-node {wanted}, srun --ntasks-per-node {wanted}), or leave --{option} out"
+        )
     on_gpus = procs is None and gpus != 0 and torch.cuda.is_available()
     device = select_device(1 if on_gpus else 0, local_rank)
     if on_gpus:
@@ -113,7 +133,7 @@ def joined(gpus: int | None, procs: int | None) -> Iterator[Team]:
     elif "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local_world))
     if world == 1:
-        yield Team(device, restarts=_number("TORCHELASTIC_RESTART_COUNT", 0))
+        yield Team(device, restarts=_number("TORCHELASTIC_RESTART_COUNT", 0), job=job, died_of=died_of)
         return
     dist.init_process_group(
         "nccl" if on_gpus else "gloo", timeout=TIMEOUT, rank=rank, world_size=world,
@@ -121,7 +141,8 @@ def joined(gpus: int | None, procs: int | None) -> Iterator[Team]:
     )  # fmt: skip
     control = dist.new_group(backend="gloo", timeout=PATIENCE)
     assert isinstance(control, dist.ProcessGroup)
-    yield Team(device, rank, world, local_rank, local_world, _number("TORCHELASTIC_RESTART_COUNT", 0), control)
+    restarts = _number("TORCHELASTIC_RESTART_COUNT", 0)
+    yield Team(device, rank, world, local_rank, local_world, restarts, control, job, died_of)
     dist.destroy_process_group()  # not after an error: the others may be waiting in a collective
 
 

@@ -25,7 +25,7 @@ from fastssl.engine.feed import Feed, Stop
 from fastssl.engine.interrupt import Interrupt
 from fastssl.engine.logger import RunLogger, Silence
 from fastssl.engine.optimizers import make_optimizer
-from fastssl.engine.run_folder import RunFolder, open_run_folder, read_metrics
+from fastssl.engine.run_folder import RunFolder, of_this_job, open_run_folder, read_metrics
 from fastssl.engine.schedules import learning_rate, peak
 from fastssl.engine.step import TrainingStep
 from fastssl.engine.team import Team
@@ -116,12 +116,8 @@ class Trainer:
                     self._epoch(interrupt, log)
                 except Stop as stop:
                     return self._stop(stop, log)
-                except RuntimeError as error:
-                    if interrupt.requested is None or "DataLoader worker" not in str(error):
-                        raise
-                    # A scheduler may send SIGTERM to every process; perhaps it came in mid-step, so nothing is saved.
-                    log.say(f"{interrupt.requested.name}: ended with its workers; {self._last_checkpoint()}")
-                    return 128 + interrupt.requested.value
+            if (reason := self.team.share(self.reason)) is not None:
+                raise FastsslError(reason)  # of the last steps; they are saved
             self._finish(log)
         return 0
 
@@ -149,9 +145,9 @@ class Trainer:
         evaluate = last or bool(config.knn_epochs and self._due(config.knn_epochs))
         if evaluate or self.step % config.log_steps == 0:
             self._log(feed, log)
-        if config.queue_check_steps and self.step % config.queue_check_steps == 0:
+        if config.queue_check_steps and (last or self.step % config.queue_check_steps == 0):
             agreement.check(self.team, self.method, self.step)
-        if config.nonfinite_limit and self.train_step.skipped_in_a_row == config.nonfinite_limit:
+        if self.reason is None and 0 < config.nonfinite_limit <= self.train_step.skipped_in_a_row:
             self.reason = (
                 f"no finite gradients in {self.train_step.skipped_in_a_row} steps up to {self.step}: lower --lr (now "
                 f"{self.rate(self.step - 1):g}) or lengthen --warmup_epochs"
@@ -186,7 +182,12 @@ class Trainer:
         metrics |= alarms.health(self.method)
         log.metrics(self.step, **metrics)
         log.progress(self.step, epoch=f"{epoch:.1f}", loss=f"{self.last[0]:.3f}", speed=f"{speed:,.0f}")
-        seen = {**metrics, "skipped_in_a_row": self.train_step.skipped_in_a_row, "loss": self.last[0]}
+        seen = {
+            **metrics,
+            "step_seconds": elapsed / max(1, steps),
+            "skipped_in_a_row": self.train_step.skipped_in_a_row,
+            "loss": self.last[0],
+        }
         for alarm in self.alarms.check(self.step, epoch, seen, [row[2] for row in rows]):
             log.say(f"ALARM {alarm.name} at step {self.step}: {alarm.text}", warning=True)
             log.metrics(self.step, **{f"alarm/{alarm.name}": 1.0})
@@ -220,12 +221,10 @@ class Trainer:
             return
         try:
             self.run.checkpoints.save_later(state)
-            if last:
-                self.run.checkpoints.finish()
-        except FastsslError as error:
-            if last:
-                raise
+        except FastsslError as error:  # of the one before
             log.say(f"{error}; training goes on", warning=True)  # a full disk may be emptied before the next one
+        if last:
+            self.run.checkpoints.finish()
 
     def _stop(self, stop: Stop, log: RunLogger | Silence) -> int:
         """Save, say why, and return the exit code, or raise if it is an error."""
@@ -307,13 +306,14 @@ class Trainer:
 
     def _open(self, name: str) -> dict[str, Any] | None:
         """Open the run folder, and read the checkpoint to go on from, if there is one; process 0 does it for all."""
-        agreement.check_images(self.team, self.data)
+        agreement.check_start(self.team, to_dict(self.config), self.data)
 
         def opened() -> Any:
             try:
-                self.run = open_run_folder(self._resumable(), name)
-                state = self._checkpoint()
-                self.run.prepare(self.config, state["step"] if state else 0)
+                config = of_this_job(self.config, name, self.team.job) if self.team.restarts else self.config
+                self.run = open_run_folder(config, name)
+                state = self._checkpoint(config.resume)
+                self.run.prepare(self.config, state["step"] if state else 0, self.team.job)
                 return self.run.path, state
             except FastsslError as error:
                 return error
@@ -324,26 +324,23 @@ class Trainer:
         self.run.checkpoints.milestones = round(self.config.milestone_epochs * len(self.loader))
         return state
 
-    def _resumable(self) -> Config:
-        """The configuration, which goes on with its own run when the processes are started again."""
-        return replace(self.config, resume="auto") if self.team.restarts else self.config
-
-    def _checkpoint(self) -> dict[str, Any] | None:
-        """The state that the configuration asks to go on from, if there is one and it fits."""
-        resume = self.config.resume
-        found = self.run.checkpoints.newest() if self._resumable().resume == "auto" else None
+    def _checkpoint(self, resume: str) -> dict[str, Any] | None:
+        """The state to go on from, if there is one and it fits."""
+        if self.team.restarts:
+            died_of = self.team.died_of or "a process that died without a word"
+            self.notes.append((f"restart {self.team.restarts}, after {died_of}", True))
+        found = self.run.checkpoints.newest() if resume == "auto" else None
         if found is not None:
             path, state, complaints = found
             self.notes += [(complaint, True) for complaint in complaints]
-        elif resume in ("never", "auto"):
+        elif self.config.resume in ("never", "auto"):
             return None
         else:
-            path = Path(resume)
+            path = Path(self.config.resume)
             state = load(path)
         check_fits(path, state, self.config)
         check_data(path, state["data"], self.data)
-        again = f"restart {self.team.restarts} of {self.config.max_restarts}: " if self.team.restarts else ""
-        self.notes.append((f"{again}resumed from {path} at step {state['step']}", False))
+        self.notes.append((f"resumed from {path} at step {state['step']}", False))
         for name, (there, here) in changes(state, self.config).items():
             self.notes.append((f"{name} was {there} and is {here} from here on", True))
         if state["world"] != self.team.world:
@@ -363,7 +360,10 @@ class Trainer:
         for group, own in zip(self.optimizer.param_groups, options, strict=True):
             group.update(own)  # weight decay and the like are the configuration's, not the checkpoint's
         self.train_step.load_state_dict(state["training_step"])
-        self.alarms.load_state_dict(state["alarms"])
+        if self.train_step.skipped_in_a_row >= self.config.nonfinite_limit:
+            self.train_step.skipped_in_a_row = 0  # it ended with that; whoever goes on wants to see it again
+        else:
+            self.alarms.load_state_dict(state["alarms"])
         self.step, self.seconds = state["step"], state["seconds"]
         if state["world"] != self.team.world:
             return
@@ -372,7 +372,3 @@ class Trainer:
         torch.set_rng_state(own["cpu"])
         if self.device.type == "cuda" and "cuda" in own:
             torch.cuda.set_rng_state(own["cuda"], self.device)
-
-    def _last_checkpoint(self) -> str:
-        paths = self.run.checkpoints.paths()
-        return f"the last checkpoint is {paths[-1]}" if paths else "there is no checkpoint yet"

@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -14,6 +15,7 @@ from fastssl.engine import launch
 from fastssl.engine.checkpoint import CheckpointFolder, load
 from fastssl.engine.config import MoCoConfig
 from fastssl.engine.run_folder import read_metrics
+from fastssl.engine.team import joined
 from fastssl.errors import FastsslError
 from tests import kill
 
@@ -112,7 +114,8 @@ def test_processes_that_die_are_started_again(images: Path, tmp_path: Path) -> N
         saboteur(tmp_path, STEP_3.format(what=once)),
     )
     assert done.returncode == 0, done.stderr
-    assert "restart 1 of 3: resumed from" in done.stdout
+    assert "restart 1, after a process that died without a word" in done.stdout
+    assert "resumed from" in done.stdout
     whole = tmp_path / "whole"
     assert run(["-m", "fastssl.train", *arguments(images, whole, "--procs=2")]).returncode == 0
     assert kill.rows(output) == kill.rows(whole)
@@ -160,7 +163,9 @@ def test_a_signal_to_the_agent_saves(number: signal.Signals, images: Path, tmp_p
     assert job.returncode == 128 + number, text
     assert f"{number.name}: saved" in text
     assert "Traceback" not in text
-    assert max(load(p)["step"] for p in CheckpointFolder(output / "checkpoints").paths()) % 2 in (0, 1)
+    said = re.search(r"saved (\S+) at step (\d+)", text)
+    assert said is not None
+    assert load(Path(said[1]))["step"] == int(said[2])
 
 
 def test_workers_end_when_their_agent_is_killed(images: Path, tmp_path: Path) -> None:
@@ -171,7 +176,8 @@ def test_workers_end_when_their_agent_is_killed(images: Path, tmp_path: Path) ->
     workers = kill.workers(job.pid)
     assert len(workers) == 2
     job.kill()
-    job.communicate(timeout=100)  # when the last worker has closed its end of the pipe
+    text, _ = job.communicate(timeout=100)  # when the last worker has closed its end of the pipe
+    assert "SIGTERM: saved" in text
     for worker in workers:
         with contextlib.suppress(FileNotFoundError):
             assert Path(f"/proc/{worker}/cmdline").read_text() == ""  # nobody may have asked how it ended
@@ -191,7 +197,17 @@ def test_wrong_numbers_of_processes(monkeypatch: pytest.MonkeyPatch) -> None:
         launch.processes_to_start(MoCoConfig(gpus=2, procs=3))
     assert launch.processes_to_start(MoCoConfig(procs=3)) == 3
     assert launch.processes_to_start(MoCoConfig(procs=1)) == 0
-    monkeypatch.setenv("RANK", "0")
+    for name, value in {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "2"}.items():
+        monkeypatch.setenv(name, value)
+    for missing in ("MASTER_ADDR", "MASTER_PORT"):
+        with pytest.raises(FastsslError, match=f"has RANK, but not {missing}"), joined(0, None):
+            pass
+        monkeypatch.setenv(missing, "1")
+    with (
+        pytest.raises(FastsslError, match=r"procs 3, but 2 processes were started.*--nproc-per-node 3"),
+        joined(None, 3),
+    ):
+        pass
     assert launch.processes_to_start(MoCoConfig(procs=3)) == 0
 
 

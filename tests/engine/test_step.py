@@ -14,6 +14,7 @@ from fastssl.engine.config import BYOLConfig, MoCoConfig
 from fastssl.engine.optimizers import make_optimizer
 from fastssl.engine.step import TrainingStep
 from fastssl.engine.team import Team
+from fastssl.errors import FastsslError
 from fastssl.methods import BYOL, MoCo
 from fastssl.models import create_backbone, sync_batch_norms
 from tests import processes
@@ -122,7 +123,6 @@ def test_several_processes_train_as_one(worker: Any, world: int, tmp_path: Path)
 
 def test_micro_batches_make_one_step(tmp_path: Path) -> None:
     processes.run(accumulating, 2, 2, str(tmp_path / "meeting"))
-    assert BATCH > 2
 
 
 class Broken(BYOL):
@@ -172,6 +172,12 @@ def test_without_a_limit_nobody_looks() -> None:
     step([view * torch.nan for view in byol_views()[0]], 0.1)
     assert step.skipped == 0
     assert not bool(weights(step.method).isfinite().all())
+    scaled = stepper(
+        make_byol(), byol_config(nonfinite_limit=0), torch.float16
+    )  # whose scale grows until they overflow
+    scaled([view * torch.nan for view in byol_views()[0]], 0.1)
+    assert scaled.skipped == 1
+    assert bool(weights(scaled.method).isfinite().all())
 
 
 def test_float16_scales_the_loss_and_restores_its_scaler() -> None:
@@ -195,6 +201,23 @@ def test_float16_scales_the_loss_and_restores_its_scaler() -> None:
     other.load_state_dict(half.state_dict())
     assert other.scaler.get_scale() == half.scaler.get_scale()
     assert other.skipped == half.skipped
+
+
+def differently(rank: int, meeting: str) -> None:
+    """Options or images that are not the same everywhere are told before anything is trained."""
+    processes.meet(rank, 2, meeting)
+    team = Team(CPU, rank, 2, control=dist.group.WORLD)
+    data = {"images": 3, "loader": "dali"}
+    agreement.check_start(team, {"lr": 0.1, "epochs": 3}, data)
+    with pytest.raises(FastsslError, match=rf"process {1 - rank} has lr {1.5 - rank}, process {rank} has {0.5 + rank}"):
+        agreement.check_start(team, {"lr": 0.5 + rank}, data)
+    with pytest.raises(FastsslError, match=rf"process {1 - rank} reads {4 - rank} images with dali, process {rank}"):
+        agreement.check_start(team, {}, {**data, "images": 3 + rank})
+    dist.destroy_process_group()
+
+
+def test_processes_that_were_started_differently(tmp_path: Path) -> None:
+    processes.run(differently, 2, str(tmp_path / "meeting"))
 
 
 def test_fingerprints_see_every_bit() -> None:

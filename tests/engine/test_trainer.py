@@ -22,6 +22,7 @@ from fastssl.engine.alarms import Alarm, Alarms
 from fastssl.engine.checkpoint import load
 from fastssl.engine.run_folder import read_metrics
 from fastssl.engine.step import TrainingStep
+from fastssl.engine.team import Team
 from fastssl.engine.trainer import Trainer
 from fastssl.errors import FastsslError
 from fastssl.methods import MoCo as MoCoMethod
@@ -445,3 +446,53 @@ def test_options_that_do_not_go_together(
     with pytest.raises(FastsslError, match=named):
         run("moco", image_folder, tmp_path / "run", *options)
     assert not (tmp_path / "run").exists()
+
+
+def test_a_run_that_ended_without_finite_gradients_ends_so_again(
+    image_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    forward = MoCoMethod.forward
+    monkeypatch.setattr(MoCoMethod, "forward", lambda self, views: forward(self, views) * math.nan)
+    for options in ((), ("--resume", "auto"), ("--resume", "auto", "--nonfinite_limit", "9")):  # the last: at the end
+        with pytest.raises(FastsslError, match=r"no finite gradients in \d steps"):
+            run("moco", image_folder, tmp_path / "run", "--nonfinite_limit", "2", "--epochs", "5", *options)
+    assert (tmp_path / "run" / "log.txt").read_text().count("ALARM nonfinite") > 2
+
+
+def test_an_error_of_the_checkpoint_before_the_last_does_not_end_the_training(
+    image_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save = torch.save
+
+    def full(content: dict[str, Any], file: Any) -> None:
+        if content["step"] == 6:
+            raise OSError(28, "No space left on device")
+        save(content, file)
+
+    monkeypatch.setattr(torch, "save", full)
+    assert run("moco", image_folder, tmp_path / "run") == 0
+    assert weights(tmp_path / "run")["step"] == 9
+    assert "step-000000006.pt' ([Errno 28] No space left" in (tmp_path / "run" / "log.txt").read_text()
+
+
+def test_processes_started_again_go_on_with_their_own_run_alone(image_folder: Path, tmp_path: Path) -> None:
+    """Also if the first ones died before they had one: then what was asked for is done."""
+    output, cpu = tmp_path / "run", torch.device("cpu")
+    base = ["moco", "--recipe", "moco_cifar10", *MOCO, "--bn_splits", "2", "--data", str(image_folder)]
+    parsed = train.parse([*base, "--output", str(output), "--keep_checkpoints", "9"])
+    Trainer(*parsed, Team(cpu, job="first")).fit()
+    again = Trainer(*parsed, Team(cpu, job="first", restarts=1, died_of="a bug"))
+    assert again.step == 9
+    assert again.notes[0] == ("restart 1, after a bug", True)
+    with pytest.raises(FastsslError, match="holds a run already"):
+        Trainer(*parsed, Team(cpu, job="second", restarts=1))
+    third = output / "checkpoints" / "step-000000003.pt"
+    chosen = train.parse([*base, "--resume", str(third), "--keep_checkpoints", "9"])
+    assert Trainer(*chosen, Team(cpu, job="second", restarts=1)).step == 3
+    assert Trainer(*chosen, Team(cpu, job="second", restarts=2)).step == 3
+
+
+def test_a_checkpoint_of_an_older_format_is_told(tmp_path: Path) -> None:
+    torch.save({"format": 2, "method": "moco", "model": {}, "rng": {}}, tmp_path / "old.pt")
+    with pytest.raises(FastsslError, match="has format 2, this version of fastssl reads format 3"):
+        load(tmp_path / "old.pt")
