@@ -147,7 +147,6 @@ class Alarms:
         """
         known = {name: float(value) for name, value in metrics.items() if math.isfinite(value)}
         skipped, stops = self._nonfinite(known)
-        lagging = _lag(ranks or (), known.get("step_seconds", 0.0))
         seen = [
             ("collapse", "collapse", self._collapse(step, epoch, known)),
             ("stuck", "stuck", self._stuck(step, epoch, known)),
