@@ -88,10 +88,11 @@ def _ended_by(number: signal.Signals, logs: Path) -> int:
     """The exit code after a signal; what went wrong is told if nothing could be saved."""
     if list(logs.glob(f"*/{SAVED}")):
         return 128 + number.value
-    *_, attempt = sorted(logs.glob("*/attempt_*"))
-    for path in attempt.glob(f"*/{ERROR}"):
-        print(f"error: {number.name}, and then: {json.loads(path.read_text())['message']['message']}", file=sys.stderr)
-        return 2
+    for attempt in _attempts(logs, "*/attempt_*")[-1:]:
+        for path in attempt.glob(f"*/{ERROR}"):
+            message = json.loads(path.read_text())["message"]["message"]
+            print(f"error: {number.name}, and then: {message}", file=sys.stderr)
+            return 2
     print(f"{number.name}: ended without a new checkpoint", file=sys.stderr)
     return 128 + number.value
 
@@ -170,8 +171,14 @@ def _end_with_the_agent() -> None:
 
 def _earlier_errors(logs: Path) -> list[Any]:
     """What ended the attempts before this one, oldest first; of each what was not a consequence of something else."""
-    errors = [json.loads(path.read_text())["message"] for path in sorted(logs.glob(f"attempt_*/*/{ERROR}"))]
+    paths = [path for attempt in _attempts(logs, "attempt_*") for path in sorted(attempt.glob(f"*/{ERROR}"))]
+    errors = [json.loads(path.read_text())["message"] for path in paths]
     return [error for error in errors if not _lost_contact(error["message"])]
+
+
+def _attempts(folder: Path, pattern: str) -> list[Path]:
+    """The folders of a job's attempts, oldest first."""
+    return sorted(folder.glob(pattern), key=lambda path: int(path.name.rpartition("_")[2]))
 
 
 def _record(error_file: Path, error: Exception) -> None:
