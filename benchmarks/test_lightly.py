@@ -32,7 +32,7 @@ from fastssl.train import parse
 STEPS = 10  # a round
 SETUPS = {
     "demo": [],  # small_resnet32, batch 128
-    "width 16, batch 256": ["--backbone=small_resnet16", "--batch_size=256"],
+    "width 16, stem of stride 1, batch 256": ["--backbone=small_resnet16", "--small_images=true", "--batch_size=256"],
 }
 
 

@@ -21,7 +21,7 @@ class Recipe:
     backbone: str = "resnet50"
     """Network: small_resnet16/32/64, a ResNet of torchvision, or timm/NAME."""
     small_images: bool = False
-    """Give a torchvision ResNet a 3×3 stem of stride 1 and no max-pooling, for images of about 32 pixels."""
+    """Give a ResNet a 3×3 stem of stride 1 and no max-pooling, for images of about 32 pixels."""
     batch_size: int = 256
     """Images a step, over all processes."""
     epochs: float = 200.0

@@ -17,7 +17,8 @@ def create_backbone(name: str, *, small_images: bool = False) -> nn.Module:
     Args:
         name: small_resnet16/32/64 (ours, for 32-pixel images), a ResNet of torchvision (resnet18, resnet50,
             wide_resnet50_2, …), or "timm/NAME" for any model of timm.
-        small_images: give a torchvision ResNet a 3×3 stem of stride 1 and no max-pooling, for about 32 pixels.
+        small_images: give one of ours a stem of stride 1, a torchvision ResNet a 3×3 one and no max-pooling, for about
+            32 pixels.
 
     Raises:
         FastsslError: the name is unknown, or `small_images` is asked of a network that has no such form.
@@ -27,7 +28,7 @@ def create_backbone(name: str, *, small_images: bool = False) -> nn.Module:
         512
     """
     if name in SMALL:
-        return SmallResNet(SMALL[name])
+        return SmallResNet(SMALL[name], stem_stride=1 if small_images else 2)
     if name.startswith("timm/"):
         return _timm(name.removeprefix("timm/"), small_images)
     resnets = torchvision.models.list_models(torchvision.models, include=["resnet*", "resnext*", "wide_resnet*"])

@@ -21,6 +21,9 @@ def test_small_images_keep_their_size_in_the_stem() -> None:
     backbone = create_backbone("resnet18", small_images=True)
     stem = nn.Sequential(backbone.conv1, backbone.bn1, backbone.relu, backbone.maxpool)  # type: ignore[arg-type]
     assert stem(torch.randn(1, 3, 32, 32)).shape == (1, 64, 32, 32)
+    for small, side in ((True, 32), (False, 16)):
+        ours = create_backbone("small_resnet16", small_images=small)
+        assert ours.stem(torch.randn(1, 3, 32, 32)).shape == (1, 16, side, side)  # type: ignore[operator]
 
 
 @pytest.mark.parametrize(
