@@ -1,4 +1,4 @@
-# Everything happens in .venv; nothing else is touched but pip's cache. `make help` lists the targets.
+# Everything happens in .venv; nothing else is touched but the usual caches. `make help` lists the targets.
 PYTHON ?= python3
 TORCH ?= 2.14.1
 TORCHVISION ?= 0.29.1

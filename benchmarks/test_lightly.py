@@ -77,5 +77,5 @@ def test_throughput(benchmark: BenchmarkFixture, setup: str, part: str, side: st
     benchmark.group = f"MoCo, {setup}: {what}, {STEPS} steps"
     with Apart(side, SETUPS[setup]) as peer:
         batch = peer("batch_size")
-        benchmark.pedantic(peer, ("run", part, STEPS), rounds=7, warmup_rounds=1)
+        benchmark.pedantic(peer, ("run", part, STEPS), rounds=5, warmup_rounds=1)
     benchmark.extra_info["images_per_second"] = round(STEPS * batch / benchmark.stats.stats.median)
