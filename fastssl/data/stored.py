@@ -3,6 +3,7 @@
 import hashlib
 import os
 import stat
+from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -83,19 +84,22 @@ def _whole(path: str) -> bytes:
         return file.read()
 
 
-class _Stored:
+class _Stored(ABC):
     """What all kinds of images on disk share: who knows a name and a location can read."""
 
     _files: OpenFiles
 
+    @abstractmethod
     def __len__(self) -> int:
-        raise NotImplementedError
+        """Images."""
 
+    @abstractmethod
     def name(self, index: int) -> str:
-        raise NotImplementedError
+        """By which people know image `index`."""
 
+    @abstractmethod
     def location(self, index: int) -> Location:
-        raise NotImplementedError
+        """Where image `index` lies."""
 
     @property
     def digest(self) -> str:

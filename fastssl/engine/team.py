@@ -22,9 +22,8 @@ class Team:
     """One process among `world`; by itself if nothing else is said.
 
     Args:
-        rank, world: number of this process and count of all.
-        local_rank, local_world: the same on this machine.
         device: of this process.
+        rank, world: number of this process and count of all.
         restarts: how often the processes have been started anew because some had died.
         control: a gloo group for messages between the hosts, or None for one process.
         job: of which all processes and restarts are; "" for one that nobody would start again.
@@ -34,8 +33,6 @@ class Team:
     device: torch.device
     rank: int = 0
     world: int = 1
-    local_rank: int = 0
-    local_world: int = 1
     restarts: int = 0
     control: dist.ProcessGroup | None = None
     job: str = ""
@@ -132,8 +129,9 @@ def joined(gpus: int | None, procs: int | None, job: str = "", died_of: str = ""
         torch.cuda.set_device(device)
     elif "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local_world))
+    restarts = _number("TORCHELASTIC_RESTART_COUNT", 0)
     if world == 1:
-        yield Team(device, restarts=_number("TORCHELASTIC_RESTART_COUNT", 0), job=job, died_of=died_of)
+        yield Team(device, restarts=restarts, job=job, died_of=died_of)
         return
     dist.init_process_group(
         "nccl" if on_gpus else "gloo", timeout=TIMEOUT, rank=rank, world_size=world,
@@ -141,8 +139,7 @@ def joined(gpus: int | None, procs: int | None, job: str = "", died_of: str = ""
     )  # fmt: skip
     control = dist.new_group(backend="gloo", timeout=PATIENCE)
     assert isinstance(control, dist.ProcessGroup)
-    restarts = _number("TORCHELASTIC_RESTART_COUNT", 0)
-    yield Team(device, rank, world, local_rank, local_world, restarts, control, job, died_of)
+    yield Team(device, rank, world, restarts, control, job, died_of)
     dist.destroy_process_group()  # not after an error: the others may be waiting in a collective
 
 

@@ -4,7 +4,6 @@ import math
 import signal
 from collections.abc import Callable
 from contextlib import closing, suppress
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -246,7 +245,7 @@ class Trainer:
         if self.team.leads:
             assert isinstance(log, RunLogger)
             log.say("measuring raw pixels, the random initialisation and the trained network")
-            random = self._place(build_method(replace(self.config, sync_bn=False), self.total_steps))
+            random = self._place(build_method(self.config, self.total_steps))
             backbones: dict[str, nn.Module | None] = {
                 "raw pixels": None, "random initialisation": random.backbone, "trained": self.method.backbone
             }  # fmt: skip
@@ -360,7 +359,7 @@ class Trainer:
         for group, own in zip(self.optimizer.param_groups, options, strict=True):
             group.update(own)  # weight decay and the like are the configuration's, not the checkpoint's
         self.train_step.load_state_dict(state["training_step"])
-        if self.train_step.skipped_in_a_row >= self.config.nonfinite_limit:
+        if 0 < self.config.nonfinite_limit <= self.train_step.skipped_in_a_row:
             self.train_step.skipped_in_a_row = 0  # it ended with that; whoever goes on wants to see it again
         else:
             self.alarms.load_state_dict(state["alarms"])

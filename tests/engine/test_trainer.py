@@ -496,3 +496,12 @@ def test_a_checkpoint_of_an_older_format_is_told(tmp_path: Path) -> None:
     torch.save({"format": 2, "method": "moco", "model": {}, "rng": {}}, tmp_path / "old.pt")
     with pytest.raises(FastsslError, match="has format 2, this version of fastssl reads format 3"):
         load(tmp_path / "old.pt")
+
+
+@pytest.mark.parametrize("limit", ["0", "20"])
+def test_alarms_remember_across_a_resume(limit: str, image_folder: Path, tmp_path: Path) -> None:
+    run("moco", image_folder, tmp_path / "run", "--nonfinite_limit", limit, "--knn_epochs", "0")
+    kept = weights(tmp_path / "run")["alarms"]
+    assert kept["speeds"]
+    resumed = train.parse(["moco", "--output", str(tmp_path / "run"), "--resume", "auto"])
+    assert Trainer(*resumed).alarms.state_dict() == kept
