@@ -50,8 +50,7 @@ def decode(encoded: bytes, name: str) -> Image.Image:
     """
     try:
         with Image.open(io.BytesIO(encoded), formats=FORMATS) as image:
-            if image.width * image.height > PIXEL_LIMIT:
-                raise ValueError(f"{image.width}×{image.height} pixels are more than {PIXEL_LIMIT:,}")
+            _refuse_bombs(image)
             return _rgb(image)
     except Exception as error:  # damaged bytes make PIL raise nearly anything: struct.error, IndexError, KeyError, …
         raise ImageError(name, _reason(encoded, error)) from None
@@ -65,11 +64,17 @@ def header(encoded: bytes, name: str) -> tuple[int, int]:
     """
     try:
         with Image.open(io.BytesIO(encoded), formats=FORMATS) as image:
+            _refuse_bombs(image)
             if isinstance(image, TiffImagePlugin.TiffImageFile):  # whose size PIL turns with its orientation
                 return image.tag_v2[TiffImagePlugin.IMAGELENGTH], image.tag_v2[TiffImagePlugin.IMAGEWIDTH]
             return image.height, image.width
     except Exception as error:
         raise ImageError(name, _reason(encoded, error)) from None
+
+
+def _refuse_bombs(image: Image.Image) -> None:
+    if image.width * image.height > PIXEL_LIMIT:  # PIL itself warns, and refuses twice as many
+        raise ValueError(f"{image.width}×{image.height} pixels are more than {PIXEL_LIMIT:,}")
 
 
 def _rgb(image: Image.Image) -> Image.Image:

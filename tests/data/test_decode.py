@@ -74,6 +74,8 @@ def test_a_large_photograph_passes_and_a_bomb_does_not(monkeypatch: pytest.Monke
     monkeypatch.setattr(module, "PIXEL_LIMIT", 10**6)
     with pytest.raises(ImageError, match=r"12000×9000 pixels are more than 1,000,000"):
         decode(buffer.getvalue(), "x")
+    with pytest.raises(ImageError, match=r"12000×9000 pixels are more than 1,000,000"):
+        header(buffer.getvalue(), "x")
 
 
 def test_the_error_survives_the_way_from_a_worker() -> None:

@@ -84,10 +84,10 @@ def test_all_that_dali_refuses_is_found() -> None:
     draw, good = random.Random(1), readable()
     for _ in range(300):
         encoded = mutate(good[draw.choice(sorted(good))], draw)
-        if refused_by_dali(encoded):
-            path = f"/proc/self/fd/{_in_memory(encoded)}"
-            assert check([("x", Location(path))])
-            os.close(int(path.rsplit("/", 1)[1]))
+        path = f"/proc/self/fd/{_in_memory(encoded)}"
+        # DALI would believe a header that says 92,000×92,000, and keep the memory that it asked for.
+        assert check([("x", Location(path))]) or not refused_by_dali(encoded)
+        os.close(int(path.rsplit("/", 1)[1]))
 
 
 def _in_memory(content: bytes) -> int:
