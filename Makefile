@@ -21,13 +21,14 @@ TIDY_STAMPS := $(patsubst %,$(TIDY)/%.log,$(filter-out csrc/ops/cuda/%,$(filter 
 TORCH_STAMP := $(VENV)/.torch-$(TORCH)-$(TORCHVISION)
 BASE_STAMP := $(VENV)/.fastssl
 DALI_STAMP := $(VENV)/.dali-$(DALI)
+BENCH_STAMP := $(VENV)/.bench
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup demo test lint tidy bench
+.PHONY: help setup demo test lint tidy bench bench-quick gpu-check
 
 help: ## List the targets
-	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "%-8s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "%-11s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
 	@echo
 	@echo "Variables: PYTHON=$(PYTHON) TORCH=$(TORCH) TORCHVISION=$(TORCHVISION) DALI=auto|dali|dali-cu13|none JOBS=$(JOBS) ARGS='...'"
 
@@ -63,8 +64,14 @@ $(TIDY)/compile_commands.json: CMakeLists.txt $(CPP)
 	    -Dpybind11_DIR={pybind11.get_cmake_dir()}")') > $(TIDY).log || { cat $(TIDY).log; exit 1; }
 	@touch $@
 
-bench: $(BASE_STAMP) $(DALI_STAMP) ## Run the benchmarks; ARGS goes to pytest
-	@$(PY) -m pytest benchmarks/ --benchmark-only $(ARGS)
+bench: $(BENCH_STAMP) ## Measure everything beside its peers, write benchmarks/results/ and the README's figures; ARGS goes to pytest
+	@$(PY) -m benchmarks $(ARGS)
+
+bench-quick: $(BENCH_STAMP) ## The smallest cases in under three minutes, written nowhere
+	@$(PY) -m pytest benchmarks/ --benchmark-only --quick $(ARGS)
+
+gpu-check: $(BENCH_STAMP) ## Tests, benchmarks, predictions and a trace on a GPU; one folder of results; ARGS='--help' lists the options
+	@$(PY) -m benchmarks.gpu_check $(ARGS)
 
 $(PY):
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
@@ -84,6 +91,11 @@ $(BASE_STAMP): $(TORCH_STAMP) $(SOURCES)
 	@$(PY) -m pip install -v --no-build-isolation -e '.[dev]' > $(VENV)/install.log 2>&1 || \
 	    { cat $(VENV)/install.log; exit 1; }
 	@grep 'building extension' $(VENV)/install.log || true
+	@touch $@
+
+$(BENCH_STAMP): pyproject.toml | $(BASE_STAMP) $(DALI_STAMP)
+	@echo "installing the peers"
+	@$(PIP) install 'fastssl[bench]'
 	@touch $@
 
 $(DALI_STAMP): pyproject.toml | $(BASE_STAMP)

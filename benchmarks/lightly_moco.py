@@ -6,20 +6,13 @@ worker processes and SGD, in float32. Network, first weights, batch, K, T, m, le
 numbers are the recipe's on both sides. ``lightly, tuned`` is the same in bfloat16 and channels_last: what a user gets
 by two lines of their own, and so how much of the difference is left to everything else.
 
-The script trains each for equal epochs and prints kNN accuracy and images/s; `test_lightly.py` measures the parts.
+The script trains each for equal epochs and prints kNN accuracy and images/s; `test_training_step.py` measures steps.
 Options are those of ``python -m fastssl.train moco``. Needs ``pip install 'fastssl[bench]'``.
 """
 
 import argparse
 import copy
-import itertools
-import tempfile
-import time
-from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator
-from contextlib import AbstractContextManager
-from multiprocessing import get_context
-from multiprocessing.connection import Connection
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -34,20 +27,17 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms import v2
 
+from benchmarks.lightly_byol import LightlyBYOLStep
+from benchmarks.lightly_sides import CPU, WORKERS, Apart, Training, training
 from fastssl.data import augmentation as aug
 from fastssl.data.sources import Images, load_image
-from fastssl.engine.build import build_method, build_source
-from fastssl.engine.config import Config, MoCoConfig
+from fastssl.engine.build import build_method
+from fastssl.engine.config import BYOLConfig, MoCoConfig
 from fastssl.engine.device import autocast_dtype
-from fastssl.engine.schedules import learning_rate
-from fastssl.engine.trainer import Trainer
-from fastssl.evaluation.evaluator import Evaluator
-from fastssl.methods import MoCo
+from fastssl.methods import BYOL, MoCo
 from fastssl.ops import ColorJitter, GaussianBlur, Grayscale, RandomErasing
-from fastssl.train import parse
 
-CPU = torch.device("cpu")
-WORKERS = 2
+SIDES = ("lightly", "lightly, tuned", "fastssl")
 IN_MOCO_V2_TRANSFORM = (
     aug.RandomResizedCrop,
     aug.HorizontalFlip,
@@ -95,16 +85,17 @@ class LightlyStep:
     Args:
         config: of the training.
         method: whose weights and queue to begin with.
-        tuned: compute in channels_last, and in bfloat16 where the CPU has it.
+        tuned: compute in channels_last, and in bfloat16 where the device has it.
+        device: of the step.
     """
 
-    def __init__(self, config: MoCoConfig, method: MoCo, tuned: bool = False) -> None:
-        self.config, self.model = config, LightlyMoCo(method, config)
-        self.criterion = NTXentLoss(config.temperature, memory_bank_size=(config.queue_size, config.dim))
+    def __init__(self, config: MoCoConfig, method: MoCo, tuned: bool = False, device: torch.device = CPU) -> None:
+        self.config, self.device = config, device
+        self.criterion = NTXentLoss(config.temperature, memory_bank_size=(config.queue_size, config.dim)).to(device)
         self.criterion.memory_bank.bank.copy_(method.queue.keys)
         self.order = torch.channels_last if tuned else torch.contiguous_format
-        self.dtype = autocast_dtype("auto", CPU) if tuned else None
-        self.model = self.model.to(memory_format=self.order)
+        self.dtype = autocast_dtype("auto", device) if tuned else None
+        self.model = LightlyMoCo(method, config).to(device=device, memory_format=self.order)
         self.optimizer = torch.optim.SGD(
             self.model.parameters(), config.lr, config.optimizer_momentum, weight_decay=config.weight_decay
         )
@@ -112,12 +103,12 @@ class LightlyStep:
     def __call__(self, views: list[Tensor], rate: float) -> Tensor:
         """Make one step with the learning rate `rate`; returns the loss."""
         model = self.model
-        view_q, view_k = (view.to(memory_format=self.order) for view in views)
+        view_q, view_k = (view.to(self.device, non_blocking=True, memory_format=self.order) for view in views)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         update_momentum(model.backbone, model.backbone_momentum, m=self.config.momentum)
         update_momentum(model.projection_head, model.projection_head_momentum, m=self.config.momentum)
-        with torch.autocast("cpu", self.dtype or torch.bfloat16, enabled=self.dtype is not None):
+        with torch.autocast(self.device.type, self.dtype or torch.bfloat16, enabled=self.dtype is not None):
             query = model(view_q)
             shuffled, permutation = batch_shuffle(view_k)
             key = batch_unshuffle(model.forward_momentum(shuffled), permutation)
@@ -186,169 +177,42 @@ def lightly_transform(augmentation: aug.Augmentation) -> MoCoV2Transform:
     return transform
 
 
-class Side(ABC):
-    """One of those compared, from images to updated queue.
-
-    Args:
-        options: of ``python -m fastssl.train moco``, after the recipe demo_moco.
-    """
-
-    loader: Any
-    step: Any  # (views, learning rate) -> loss
-
-    def __init__(self, options: list[str]) -> None:
-        config, _ = parse(["moco", "--recipe=demo_moco", "--gpus=0", *options])
-        assert isinstance(config, MoCoConfig)
-        self.config = config
-        self.augmentation = aug.load(config.augmentation)
-        self.source = build_source(config, self.augmentation)
-        self.total_steps = config.steps or round(config.epochs * (len(self.source.train) // config.batch_size))
-        self._stream: Iterator[list[Tensor]] | None = None
-        self._batch: list[Tensor] | None = None
-
-    @property
-    @abstractmethod
-    def backbone(self) -> nn.Module:
-        """The network that is trained."""
-
-    @abstractmethod
-    def batches(self, epoch: int) -> Iterable[list[Tensor]]:
-        """Two views of every image, in batches."""
-
-    def batch_size(self) -> int:
-        """Images a step."""
-        return self.config.batch_size
-
-    def run(self, part: str, count: int) -> None:
-        """Do `part` of `count` steps: "loader", "compute" (on one batch, again and again) or "step", which is both."""
-        for _ in range(count):
-            views = self._batch if part == "compute" and self._batch else self._next()
-            if part == "compute":
-                self._batch = views
-            if part != "loader":
-                self.step(views, self.config.lr)
-
-    def train(self) -> tuple[float, float]:
-        """Train to the end; returns images/s and the kNN accuracy of the features, 0…1."""
-        rate = learning_rate(self.config, len(self.loader), self.total_steps)
-        views = itertools.chain.from_iterable(self.batches(epoch) for epoch in itertools.count())
-        start = time.perf_counter()
-        for number in range(self.total_steps):
-            self.step(next(views), rate(number))
-        speed = self.total_steps * self.config.batch_size / (time.perf_counter() - start)
-        evaluator = Evaluator(
-            self.source, self.augmentation, CPU, k=self.config.knn_k, temperature=self.config.knn_temperature
-        )
-        accuracy = evaluator.knn(self.backbone)
-        return speed, float("nan") if accuracy is None else accuracy
-
-    def _next(self) -> list[Tensor]:
-        if self._stream is None:
-            self._stream = itertools.chain.from_iterable(self.batches(epoch) for epoch in itertools.count())
-        return next(self._stream)
+def lightly_loader(images: Images, augmentation: aug.Augmentation, batch_size: int) -> DataLoader[Any]:
+    """Its dataset and transform with torch's loader and two workers; batches of (views, labels, names)."""
+    dataset = LightlyDataset.from_torch_dataset(Pictures(images), transform=lightly_transform(augmentation))
+    return DataLoader(
+        dataset, batch_size=batch_size, shuffle=True, drop_last=True, num_workers=WORKERS, persistent_workers=True
+    )
 
 
-class Lightly(Side):
-    """lightly's."""
-
-    tuned = False
-
-    def __init__(self, options: list[str]) -> None:
-        super().__init__(options)
-        dataset = LightlyDataset.from_torch_dataset(
-            Pictures(self.source.train), transform=lightly_transform(self.augmentation)
-        )
-        torch.manual_seed(self.config.seed)
-        self.loader = DataLoader(
-            dataset,
-            batch_size=self.config.batch_size,
-            shuffle=True,
-            drop_last=True,
-            num_workers=WORKERS,
-            persistent_workers=True,
-        )
-        method = build_method(self.config, self.total_steps)
+def lightly_step(
+    config: MoCoConfig | BYOLConfig, method: MoCo | BYOL, total_steps: int, tuned: bool, device: torch.device = CPU
+) -> LightlyStep | LightlyBYOLStep:
+    """The step of the configuration's method, from the weights of `method`."""
+    if isinstance(config, MoCoConfig):
         assert isinstance(method, MoCo)
-        self.step = LightlyStep(self.config, method, self.tuned)
+        return LightlyStep(config, method, tuned, device)
+    assert isinstance(method, BYOL)
+    return LightlyBYOLStep(config, method, total_steps, tuned, device)
+
+
+class Lightly(Training):
+    """lightly's, of either method; `tuned`: in channels_last, and in bfloat16 where the CPU has it."""
+
+    def __init__(self, method: str, options: list[str], tuned: bool = False) -> None:
+        super().__init__(method, options)
+        torch.manual_seed(self.config.seed)
+        self.loader = lightly_loader(self.source.train, self.augmentation, self.config.batch_size)
+        begin = build_method(self.config, self.total_steps)
+        self.step = lightly_step(self.config, begin, self.total_steps, tuned)
 
     @property
     def backbone(self) -> nn.Module:
-        return self.step.model.backbone
+        backbone: nn.Module = self.step.model.backbone
+        return backbone
 
     def batches(self, epoch: int) -> Iterable[list[Tensor]]:
         return (views for views, _, _ in self.loader)
-
-
-class TunedLightly(Lightly):
-    """The same in channels_last, and in bfloat16 where the CPU has it."""
-
-    tuned = True
-
-
-class Fastssl(Side):
-    """Ours: loader and step are those of the Trainer that ``python -m fastssl.train`` runs."""
-
-    def __init__(self, options: list[str]) -> None:
-        super().__init__(options)
-        self._folder = tempfile.TemporaryDirectory()  # the Trainer opens a run folder, and nothing is written there
-        config: Config = copy.copy(self.config)
-        config.output, config.workers = f"{self._folder.name}/run", WORKERS
-        trainer = Trainer(config, "benchmark")
-        self.loader, self.step, self.method = trainer.loader, trainer.train_step, trainer.method
-        self.method.train()
-
-    @property
-    def backbone(self) -> nn.Module:
-        return self.method.backbone
-
-    def batches(self, epoch: int) -> Iterable[list[Tensor]]:
-        return self.loader.batches(epoch)
-
-
-SIDES: dict[str, type[Side]] = {"lightly": Lightly, "lightly, tuned": TunedLightly, "fastssl": Fastssl}
-
-
-class Apart(AbstractContextManager["Apart"]):
-    """A side in a fresh process of its own.
-
-    The Trainer sets the memory allocator of its process (`keep_freed_memory`) and that stays; lightly's users have
-    not set it.
-
-    Args:
-        name: of `SIDES`.
-        options: of the side.
-
-    Raises:
-        EOFError: when the process fails, which says why on stderr.
-    """
-
-    def __init__(self, name: str, options: list[str]) -> None:
-        context = get_context("spawn")
-        self._pipe, theirs = context.Pipe()
-        self._process = context.Process(target=_serve, args=(theirs, name, options))
-        self._process.start()
-        theirs.close()  # so that its end is seen here
-
-    def __call__(self, name: str, *arguments: Any) -> Any:
-        """Call a method of the side, and wait for what it returns."""
-        self._pipe.send((name, arguments))
-        return self._pipe.recv()
-
-    def __exit__(self, *_: object) -> None:
-        self._pipe.close()
-        self._process.join(timeout=20)
-        if self._process.is_alive():
-            self._process.kill()
-
-
-def _serve(pipe: Connection, name: str, options: list[str]) -> None:
-    side = SIDES[name](options)
-    while True:
-        try:
-            method, arguments = pipe.recv()
-        except EOFError:
-            return
-        pipe.send(getattr(side, method)(*arguments))
 
 
 def main() -> None:
@@ -362,7 +226,7 @@ def main() -> None:
     known, options = parser.parse_known_args()
     print(f"{'':16}{'images/s':>10}{'kNN':>8}")
     for name in known.sides:
-        with Apart(name, options) as side:
+        with Apart(training, name, "moco", options) as side:
             speed, accuracy = side("train")
         print(f"{name:16}{speed:10,.0f}{accuracy:8.1%}", flush=True)
 

@@ -1,7 +1,6 @@
-"""The momentum update of a ResNet-50 on the CPU, beside what people write and what the memory allows.
+"""The momentum update of whole networks, beside what people write and what the memory allows.
 
-All sides are first asserted to agree. `extra_info` has the bandwidth, each array counted once for each time it is read
-or written.
+Every side makes the same update of the parameters once, from the same numbers, and is compared with the formula.
 """
 
 from collections.abc import Callable
@@ -10,23 +9,69 @@ from typing import Any
 import pytest
 import torch
 import torchvision
-from pytest_benchmark.fixture import BenchmarkFixture
-from torch import Tensor
+from torch import Tensor, nn
+from torch.optim import swa_utils
 
+from benchmarks import peers
+from benchmarks.sides import DEVICES, Case, Side, grid, unavailable
 from fastssl.ops import ema_update_
 
 M = 0.999
+NETWORKS = {
+    "ResNet-18": torchvision.models.resnet18,
+    "ResNet-50": torchvision.models.resnet50,
+    "ViT-B/16": torchvision.models.vit_b_16,
+}
 
 
-def parameters(seed: int) -> list[Tensor]:
-    """Of a ResNet-50: 25,557,032 float32 in 161 tensors."""
+def network(case: Case, seed: int) -> nn.Module:
     torch.manual_seed(seed)
-    return [p.detach() for p in torchvision.models.resnet50().parameters()]
+    module: nn.Module = NETWORKS[case["tensors"]]()
+    for parameter in module.parameters():
+        parameter.data.add_(torch.randn_like(parameter), alpha=0.01)  # some begin as zeros
+    return module.to(case.device)
 
 
-def loop(targets: list[Tensor], sources: list[Tensor]) -> None:
+def pair(case: Case) -> tuple[nn.Module, nn.Module]:
+    """Target and source."""
+    source = network(case, 1)
+    return network(case, 0), source.to(getattr(torch, case["sources"]))
+
+
+def values(module: nn.Module) -> list[Tensor]:
+    return [parameter.detach() for parameter in module.parameters()]
+
+
+def of_lists(update: Callable[[list[Tensor], list[Tensor]], Any]) -> Callable[[Case], Callable[[], list[Tensor]]]:
+    def make(case: Case) -> Callable[[], list[Tensor]]:
+        targets, sources = map(values, pair(case))
+
+        def step() -> list[Tensor]:
+            update(targets, sources)
+            return targets
+
+        return step
+
+    return make
+
+
+def of_modules(update: Callable[[nn.Module, nn.Module], Any]) -> Callable[[Case], Callable[[], list[Tensor]]]:
+    def make(case: Case) -> Callable[[], list[Tensor]]:
+        target, source = pair(case)
+        targets: list[Tensor] = list(target.parameters())  # themselves: an update may give them other storage
+
+        def step() -> list[Tensor]:
+            update(target, source)
+            return targets
+
+        return step
+
+    return make
+
+
+def authors(target: nn.Module, source: nn.Module) -> None:
     """As in the authors' builder.py."""
-    for p, q in zip(targets, sources, strict=True):
+    for p, q in zip(target.parameters(), source.parameters(), strict=True):
         p.data = p.data * M + q.data * (1.0 - M)
 
 
@@ -39,50 +84,96 @@ def cast_and_lerp(targets: list[Tensor], sources: list[Tensor]) -> None:
     torch._foreach_lerp_(targets, [source.float() for source in sources], 1 - M)
 
 
-def ours(targets: list[Tensor], sources: list[Tensor]) -> None:
-    ema_update_(targets, sources, M)
+def averaged_model(case: Case) -> Callable[[], list[Tensor]]:
+    target, source = pair(case)
+    average = swa_utils.AveragedModel(target, multi_avg_fn=swa_utils.get_ema_multi_avg_fn(M))
+    average.n_averaged.fill_(1)  # the first update copies
+    targets = values(average)
+    return _returning(lambda: average.update_parameters(source), targets)
 
 
-def run(benchmark: BenchmarkFixture, group: str, step: Callable[[], Any], moved: int) -> None:
-    benchmark.group = group
-    benchmark.pedantic(step, rounds=25, warmup_rounds=3)
-    if benchmark.stats is not None:  # None with --benchmark-disable
-        benchmark.extra_info["gb_per_s"] = round(moved / benchmark.stats.stats.median / 1e9, 1)
+def timm(case: Case) -> Callable[[], list[Tensor]]:
+    target, source = pair(case)
+    average = peers.peer("timm.utils", "timm").ModelEmaV3(target, decay=M, exclude_buffers=True)
+    return _returning(lambda: average.update(source), values(average.module))
 
 
-def check(update: Callable[[list[Tensor], list[Tensor]], None], sources: list[Tensor]) -> list[Tensor]:
-    """Targets after one update, which is the right one."""
-    targets = parameters(0)
-    expected = [M * t.double() + (1 - M) * s.double() for t, s in zip(targets, sources, strict=True)]
-    update(targets, sources)
-    assert all(torch.allclose(t.double(), e, atol=1e-6) for t, e in zip(targets, expected, strict=True))
-    return targets
+def lightly(case: Case) -> Callable[[], list[Tensor]]:
+    update = peers.peer("lightly.models.utils", "lightly").update_momentum
+    return of_modules(lambda target, source: update(source, target, m=M))(case)
 
 
-@pytest.mark.parametrize("which", ["loop", "foreach", "fastssl"])
-def test_float32(benchmark: BenchmarkFixture, which: str) -> None:
-    update = {"loop": loop, "foreach": foreach, "fastssl": ours}[which]
-    sources = parameters(1)
-    targets = check(update, sources)
-    run(benchmark, "ema_update_, ResNet-50", lambda: update(targets, sources), 12 * sum(s.numel() for s in sources))
+def apex(case: Case) -> Callable[[], list[Tensor]]:
+    if case.device != "cuda":
+        unavailable("NVIDIA's apex has its multi-tensor functions for CUDA only")
+    amp_c = peers.apex()
+    targets, sources = map(values, pair(case))
+    overflow = torch.zeros(1, dtype=torch.int, device="cuda")
+    apply = peers.peer("apex.multi_tensor_apply", "apex").multi_tensor_applier
+    lists = [targets, sources, targets]
+    return _returning(lambda: apply(amp_c.multi_tensor_axpby, overflow, lists, M, 1 - M, -1), targets)
 
 
-@pytest.mark.parametrize("which", ["cast and lerp", "fastssl"])
-def test_bfloat16_sources(benchmark: BenchmarkFixture, which: str) -> None:
-    update = {"cast and lerp": cast_and_lerp, "fastssl": ours}[which]
-    sources = [source.bfloat16() for source in parameters(1)]
-    targets = check(update, sources)
-    group = "ema_update_, ResNet-50, bfloat16 sources"
-    run(benchmark, group, lambda: update(targets, sources), 10 * sum(s.numel() for s in sources))
+def _returning(update: Callable[[], Any], targets: list[Tensor]) -> Callable[[], list[Tensor]]:
+    def step() -> list[Tensor]:
+        update()
+        return targets
+
+    return step
 
 
-@pytest.mark.parametrize("which", ["triad", "triad in place"])
-def test_bandwidth(benchmark: BenchmarkFixture, which: str) -> None:
-    """STREAM's triad, a ← b + s·c, over as many elements, and a ← a + s·b, which reads and writes what we do."""
-    count = sum(p.numel() for p in parameters(0))
-    a, b, c = torch.randn(3, count).unbind()
-    steps: dict[str, Callable[[], Any]] = {
-        "triad": lambda: torch.add(b, c, alpha=0.5, out=a),
-        "triad in place": lambda: a.add_(b, alpha=1e-9),
-    }
-    run(benchmark, "ema_update_, ResNet-50", steps[which], 12 * count)
+def triad(case: Case) -> Callable[[], Any]:
+    """STREAM's a ← b + s·c over as many elements."""
+    count = sum(p.numel() for p in values(network(case, 0)))
+    a, b, c = torch.randn(3, count, device=case.device).unbind()
+    return lambda: torch.add(b, c, alpha=0.5, out=a)
+
+
+def triad_in_place(case: Case) -> Callable[[], Any]:
+    """a ← a + s·b, which reads and writes what an update does."""
+    count = sum(p.numel() for p in values(network(case, 0)))
+    a, b = torch.randn(2, count, device=case.device).unbind()
+    b = b.to(getattr(torch, case["sources"]))
+    return lambda: a.add_(b, alpha=1e-9)
+
+
+def check(case: Case, targets: list[Tensor]) -> None:
+    old, new = map(values, pair(case))
+    for target, t, s in zip(targets, old, new, strict=True):
+        torch.testing.assert_close(target.detach().double(), M * t.double() + (1 - M) * s.double(), rtol=0, atol=1e-6)
+
+
+def make_case(device: str, name: str, sources: str = "float32") -> Case:
+    with torch.device("meta"):
+        count = sum(p.numel() for p in NETWORKS[name]().parameters())
+    moved = count * (8 + (4 if sources == "float32" else 2))  # read both, write one
+    axes = (("tensors", name), ("sources", sources))
+    return Case("ema_update_", axes, device, flops=3 * count, bytes=moved, quick=name == "ResNet-18")
+
+
+CASES = [make_case(device, name) for device in DEVICES for name in NETWORKS] + [
+    make_case(device, "ResNet-50", "bfloat16") for device in DEVICES
+]
+
+
+def same_dtype(case: Case) -> bool:
+    return bool(case["sources"] == "float32")
+
+
+SIDES = (
+    Side("authors' loop", of_modules(authors)),
+    Side("torch._foreach_lerp_", of_lists(foreach), when=same_dtype),
+    Side("cast, torch._foreach_lerp_", of_lists(cast_and_lerp), when=lambda c: not same_dtype(c)),
+    Side("torch swa_utils", averaged_model, when=same_dtype),
+    Side("timm ModelEmaV3", timm, when=same_dtype),
+    Side("lightly", lightly, when=same_dtype),
+    Side("NVIDIA apex", apex, differs="looks for values that are not finite as well"),
+    Side("triad", triad, role="bound", agrees=False, when=same_dtype),
+    Side("triad in place", triad_in_place, role="bound", agrees=False),
+    Side("fastssl", of_lists(lambda targets, sources: ema_update_(targets, sources, M)), role="ours"),
+)
+
+
+@pytest.mark.parametrize(("case", "side"), grid(CASES, SIDES, graphs=("torch._foreach_lerp_", "fastssl")))
+def test_update(turns: Callable[..., None], case: Case, side: Side) -> None:
+    turns(case, side, check)

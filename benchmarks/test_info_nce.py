@@ -1,40 +1,127 @@
-"""InfoNCE forward and backward on the CPU: the kernels beside the formula of MoCo's authors, compiled and eager.
+"""InfoNCE, forward and backward: against a queue, as MoCo has it, and against the other keys of the batch.
 
-float32 results are first asserted to agree with the eager ones. `extra_info` has the memory of one step on top of its
-inputs: at the peak, and all tensors it allocates together.
+What peers compute otherwise stands beside them below. Their losses and gradients are first asserted to agree with those
+of the authors' formula, except where `differs` says that another set of negatives is meant.
 """
 
-import ctypes
-import gc
+import functools
 from collections.abc import Callable
-from pathlib import Path
+from itertools import chain
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
-from pytest_benchmark.fixture import BenchmarkFixture
 from torch import Tensor
 
+from benchmarks import peers
+from benchmarks.sides import DEVICES, Case, Side, grid
 from fastssl.ops import info_nce
 
-N, DIM, TEMPERATURE = 256, 128, 0.07
-QUEUE = 65536
-BATCH = 4096  # of the in-batch loss
+TEMPERATURE = 0.07
+N, D, K = 256, 128, 65536  # MoCo's: batch of a GPU's share, dim, queue
 
 
-def moco(query: Tensor, key: Tensor, queue: Tensor) -> Tensor:
-    """As in the authors' builder.py, with the loss of their main_moco.py."""
+def authors(query: Tensor, key: Tensor, queue: Tensor) -> Tensor:
+    """The formula of the authors' builder.py, with the loss of their main_moco.py."""
     query, key = F.normalize(query, dim=1), F.normalize(key, dim=1)
     l_pos = torch.einsum("nc,nc->n", query, key).unsqueeze(-1)
     l_neg = torch.einsum("nc,ck->nk", query, queue.T)
     logits = torch.cat([l_pos, l_neg], dim=1) / TEMPERATURE
-    return F.cross_entropy(logits, torch.zeros(len(logits), dtype=torch.long))
+    return F.cross_entropy(logits, torch.zeros(len(logits), dtype=torch.long, device=query.device))
 
 
-def in_batch(query: Tensor, key: Tensor) -> Tensor:
+def authors_in_batch(query: Tensor, key: Tensor) -> Tensor:
+    """Likewise with the keys of the batch, as MoCo v3 has it."""
     query, key = F.normalize(query, dim=1), F.normalize(key, dim=1)
-    return F.cross_entropy(query @ key.T / TEMPERATURE, torch.arange(len(query)))
+    return F.cross_entropy(query @ key.T / TEMPERATURE, torch.arange(len(query), device=query.device))
+
+
+def inputs(case: Case) -> list[Tensor]:
+    """Query and key; with a K, the queue too, whose rows are normalised."""
+    draw = torch.Generator().manual_seed(0)
+    in_batch = "K" not in dict(case.axes)
+    query, key = (torch.randn(case["N"], case["D"], generator=draw).to(case.device, case.dtype) for _ in "qk")
+    if in_batch:
+        return [query.requires_grad_(), key.requires_grad_()]
+    queue = torch.randn(case["K"], case["D"], generator=draw)
+    return [query.requires_grad_(), key, F.normalize(queue).to(case.device, case.dtype)]
+
+
+def backward_of(loss: Callable[..., Tensor], given: list[Tensor]) -> Callable[[], tuple[Tensor, ...]]:
+    """One step: the loss, and its gradient to what asks for one."""
+    leaves = [x for x in given if x.requires_grad]
+
+    def step() -> tuple[Tensor, ...]:
+        value = loss(*given)
+        return value.detach(), *torch.autograd.grad(value, leaves)
+
+    return step
+
+
+def plain(loss: Callable[..., Tensor]) -> Callable[[Case], Callable[[], Any]]:
+    return lambda case: backward_of(loss, inputs(case))
+
+
+def compiled(loss: Callable[..., Tensor]) -> Callable[[Case], Callable[[], Any]]:
+    def make(case: Case) -> Callable[[], Any]:
+        torch._dynamo.reset()  # else the second shape is compiled for any shape
+        return backward_of(torch.compile(loss), inputs(case))
+
+    return make
+
+
+def package(case: Case) -> Callable[[], Any]:
+    theirs = peers.peer("info_nce", "info-nce-pytorch").info_nce
+    return backward_of(lambda q, k, queue=None: theirs(q, k, queue, temperature=TEMPERATURE), inputs(case))
+
+
+def lightly(case: Case) -> Callable[[], Any]:
+    loss = peers.peer("lightly.loss", "lightly").NTXentLoss(TEMPERATURE, memory_bank_size=(case["K"], case["D"]))
+    query, key, queue = inputs(case)
+    loss = loss.to(case.device)
+    loss.memory_bank.bank = queue.clone()
+    return backward_of(loss, [query, key])
+
+
+def metric_learning(case: Case) -> Callable[[], Any]:
+    losses = peers.peer("pytorch_metric_learning.losses", "pytorch-metric-learning")
+    query, key, queue = inputs(case)
+    n, k = case["N"], case["K"]
+    memory = losses.CrossBatchMemory(losses.NTXentLoss(TEMPERATURE), case["D"], k)
+    memory.embedding_memory, memory.label_memory = queue.clone(), torch.arange(k, device=case.device) + n
+    memory.has_been_filled = True
+    labels = torch.arange(n, device=case.device).repeat(2)
+    new = torch.arange(2 * n, device=case.device) >= n  # the keys are stored, the queries compared
+    return backward_of(lambda q, key: memory(torch.cat([q, key]), labels, enqueue_mask=new), [query, key])
+
+
+def metric_learning_in_batch(case: Case) -> Callable[[], Any]:
+    loss = peers.peer("pytorch_metric_learning.losses", "pytorch-metric-learning").NTXentLoss(TEMPERATURE)
+    labels = torch.arange(case["N"], device=case.device)
+    others = labels.clone()  # told to be one tensor, it takes the queries for their own keys and finds no pair
+    return backward_of(lambda q, k: loss(q, labels, ref_emb=k, ref_labels=others), inputs(case))
+
+
+def products(case: Case) -> Callable[[], Any]:
+    """(A Qᵀ) Q."""
+    query, _, queue = (x.detach() for x in inputs(case))
+    return lambda: (query @ queue.T) @ queue
+
+
+def inf_cl(case: Case) -> Callable[[], Any]:
+    loss = peers.peer("inf_cl").cal_flash_loss  # its kernels take normalised rows
+
+    def normalised(query: Tensor, key: Tensor) -> Tensor:
+        query, key = F.normalize(query, dim=1), F.normalize(key, dim=1)
+        return loss(query, key, scale=1 / TEMPERATURE, head_dim=min(256, query.shape[1])).mean()
+
+    return backward_of(normalised, inputs(case))
+
+
+def memeff(case: Case) -> Callable[[], Any]:
+    loss = peers.memeff().MemoryEfficientCLIPLoss(temperature=TEMPERATURE)
+    return backward_of(loss, inputs(case))
 
 
 def ours(query: Tensor, key: Tensor, queue: Tensor) -> Tensor:
@@ -45,77 +132,119 @@ def ours_in_batch(query: Tensor, key: Tensor) -> Tensor:
     return info_nce(query, key, temperature=TEMPERATURE)
 
 
-def products(query: Tensor, queue: Tensor) -> Tensor:
-    """The two matrix products that no implementation can do without."""
-    return (query @ queue.T) @ queue
+@functools.lru_cache(maxsize=1)
+def expected(case: Case) -> tuple[Tensor, ...]:
+    """The authors' formula on the same numbers in float32 (in float64 the largest would take gigabytes)."""
+    given = [x.detach().float().requires_grad_(x.requires_grad) for x in inputs(case)]
+    return backward_of(authors if len(given) == 3 else authors_in_batch, given)()
 
 
-def make_queue(dtype: torch.dtype) -> list[Tensor]:
-    draw = torch.Generator().manual_seed(0)
-    query, key, queue = (torch.randn(rows, DIM, generator=draw) for rows in (N, N, QUEUE))
-    return [query.to(dtype).requires_grad_(), key.to(dtype), F.normalize(queue).to(dtype)]
+def check(case: Case, result: tuple[Tensor, ...]) -> None:
+    """Loss and gradients; half precision within its rounding."""
+    tolerance = 1e-4 if case["dtype"] == "float32" and case.device == "cpu" else 3e-2
+    for one, right in zip(result, expected(case), strict=True):
+        torch.testing.assert_close(one.float(), right, rtol=tolerance, atol=tolerance * float(right.abs().max()))
 
 
-def make_batch() -> list[Tensor]:
-    draw = torch.Generator().manual_seed(0)
-    return [torch.randn(BATCH, DIM, generator=draw).requires_grad_() for _ in "qk"]
+def is_base(case: Case) -> bool:
+    """The shape at which everybody is measured; the others show how the time grows."""
+    return case["dtype"] == "float32" and (case["N"], case["D"]) == (N, D) and case["K"] in (4096, K)
 
 
-def backward_of(loss: Callable[..., Tensor], inputs: list[Tensor]) -> Callable[[], tuple[Tensor, ...]]:
-    leaves = [x for x in inputs if x.requires_grad]
-    return lambda: torch.autograd.grad(loss(*inputs), leaves)
+def is_small(case: Case) -> bool:
+    """pytorch-metric-learning compares every positive pair with every negative one: N times the memory of others."""
+    return (case["N"], case["K"], case["dtype"]) == (32, 4096, "float32")
 
 
-def peak_memory(step: Callable[[], Any]) -> int:
-    """Bytes of memory that `step` needs at its peak beyond what was there before; Linux with glibc only."""
-    status, reset = Path("/proc/self/status"), Path("/proc/self/clear_refs")
-
-    def kilobytes(name: str) -> int:
-        return next(int(line.split()[1]) for line in status.read_text().splitlines() if line.startswith(name))
-
-    gc.collect()
-    ctypes.CDLL("libc.so.6").malloc_trim(0)  # else the step would use again what earlier ones have freed
-    reset.write_text("5")  # the peak counts from here
-    before = kilobytes("VmRSS")
-    step()
-    return (kilobytes("VmHWM") - before) * 1024
+def is_base_in_batch(case: Case) -> bool:
+    return case["N"] == 4096 or case.device == "cuda"
 
 
-def allocated(step: Callable[[], Any]) -> int:
-    """Bytes of all tensors that `step` creates."""
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
-        step()
-    memory = (event.nbytes() for event in profile.profiler.kineto_results.events() if event.name() == "[memory]")
-    return sum(size for size in memory if size > 0)
+def queue_case(device: str, n: int = N, d: int = D, k: int = K, dtype: str = "float32") -> Case:
+    width = 4 if dtype == "float32" else 2
+    return Case(
+        "info_nce", (("N", n), ("D", d), ("K", k), ("dtype", dtype)), device,
+        flops=4 * n * d * k,  # two products
+        bytes=width * d * (k + 3 * n),  # the queue, both inputs and the gradient once
+        quick=k == 4096,
+    )  # fmt: skip
 
 
-def run(benchmark: BenchmarkFixture, group: str, step: Callable[[], Any]) -> None:
-    benchmark.group = group
-    step()  # the first call compiles, and brings code and threads into memory
-    benchmark.extra_info["peak_mb"] = round(peak_memory(step) / 1e6, 1)
-    benchmark.extra_info["allocated_mb"] = round(allocated(step) / 1e6, 1)
-    benchmark.pedantic(step, rounds=15, warmup_rounds=2)
+def in_batch_case(device: str, n: int, d: int = D, dtype: str = "float32") -> Case:
+    width = 4 if dtype == "float32" else 2
+    return Case(
+        "info_nce in-batch", (("N", n), ("D", d), ("dtype", dtype)), device,
+        flops=6 * n * n * d,  # the logits and two gradients
+        bytes=width * d * 4 * n,
+        quick=n == 1024,
+    )  # fmt: skip
 
 
-@pytest.mark.parametrize("which", ["eager", "compile", "products", "fastssl", "fastssl bf16"])
-def test_queue(benchmark: BenchmarkFixture, which: str) -> None:
-    inputs = make_queue(torch.float32)
-    if which == "products":
-        step: Callable[[], Any] = lambda: products(inputs[0].detach(), inputs[2])  # noqa: E731
-    elif which == "fastssl bf16":
-        step = backward_of(ours, make_queue(torch.bfloat16))
-    else:
-        loss = {"eager": moco, "compile": torch.compile(moco), "fastssl": ours}[which]
-        [expected], step = backward_of(moco, inputs)(), backward_of(loss, inputs)
-        assert torch.allclose(step()[0], expected, atol=1e-5 * float(expected.abs().max()))
-    run(benchmark, f"info_nce, N={N}, D={DIM}, K={QUEUE}", step)
+def queue_cases(device: str) -> list[Case]:
+    """One axis at a time around MoCo's shape; on CUDA in both precisions and the corners of a sweep."""
+    ks, ns, ds = (4096, 16384, K, 262_144, 1_048_576), (32, 64, 128, 1024), (64, 256, 512)
+    dtypes = ("float32", "bfloat16") if device == "cuda" else ("float32",)
+    cases = [
+        queue_case(device, dtype=dtype, **axis)
+        for dtype in dtypes
+        for axis in [*({"k": k} for k in ks), *({"n": n} for n in ns), *({"d": d} for d in ds), {"n": 32, "k": 4096}]
+    ]
+    if device == "cpu":
+        return [*cases, queue_case("cpu", dtype="bfloat16")]
+    corners = [(n, d, k) for n in (32, 1024) for d in (64, 512) for k in (4096, 1_048_576)]
+    return cases + [queue_case(device, n, d, k, "bfloat16") for n, d, k in corners]
 
 
-@pytest.mark.parametrize("which", ["eager", "compile", "fastssl"])
-def test_in_batch(benchmark: BenchmarkFixture, which: str) -> None:
-    inputs = make_batch()
-    loss = {"eager": in_batch, "compile": torch.compile(in_batch), "fastssl": ours_in_batch}[which]
-    expected, step = backward_of(in_batch, inputs)(), backward_of(loss, inputs)
-    for a, b in zip(step(), expected, strict=True):
-        assert torch.allclose(a, b, atol=1e-5 * float(b.abs().max()))
-    run(benchmark, f"info_nce in-batch, N={BATCH}, D={DIM}", step)
+def in_batch_cases(device: str) -> list[Case]:
+    if device == "cpu":
+        return [in_batch_case(device, n) for n in (256, 1024, 2048, 4096, 8192)]
+    sizes = (256, 1024, 2048, 4096, 8192, 16384, 32768)
+    return [in_batch_case(device, n, dtype=dtype) for dtype in ("float32", "bfloat16") for n in sizes]
+
+
+ENQUEUES = "also enqueues the keys, into a copy of the bank, whose rows it takes for normalised"
+MASKS = "the keys are enqueued first and are each other's negatives too; finds its pairs by labels, as for any loss"
+QUEUE_SIDES = (
+    Side("authors, eager", plain(authors)),
+    Side("torch.compile", compiled(authors), when=lambda c: c.device == "cuda" or (is_base(c) and c["K"] == K)),
+    Side("info-nce-pytorch", package, differs="normalises the queue as well", when=is_base),
+    Side("lightly", lightly, differs=ENQUEUES, when=is_base),
+    Side("pytorch-metric-learning", metric_learning, differs=MASKS, agrees=False, when=is_small),
+    Side("two products alone", products, role="bound", agrees=False),
+    Side("fastssl", plain(ours), role="ours"),
+)
+IN_BATCH_SIDES = (
+    Side("authors, eager", plain(authors_in_batch)),
+    Side("torch.compile", compiled(authors_in_batch), when=is_base_in_batch),
+    Side("info-nce-pytorch", package, when=is_base_in_batch),
+    Side("pytorch-metric-learning", metric_learning_in_batch, when=lambda c: c["N"] == 256),
+    Side("inf-cl", inf_cl, differs="computes in float32", when=lambda c: c.device == "cuda"),
+    Side("memeff", memeff, differs="both directions (CLIP's loss): twice the softmax, the same products",
+         agrees=False, when=lambda c: c.device == "cuda"),
+    Side("fastssl", plain(ours_in_batch), role="ours"),
+)  # fmt: skip
+GRAPHS = ("authors, eager", "fastssl")
+
+
+@pytest.mark.parametrize(("case", "side"), grid(chain.from_iterable(map(queue_cases, DEVICES)), QUEUE_SIDES, GRAPHS))
+def test_queue(turns: Callable[..., None], case: Case, side: Side) -> None:
+    turns(case, side, check)
+
+
+@pytest.mark.parametrize(
+    ("case", "side"), grid(chain.from_iterable(map(in_batch_cases, DEVICES)), IN_BATCH_SIDES, GRAPHS)
+)
+def test_in_batch(turns: Callable[..., None], case: Case, side: Side) -> None:
+    turns(case, side, check)
+
+
+def test_what_metric_learning_computes() -> None:
+    """Its loss is the authors' formula with the batch's keys in the place of the queue's oldest rows."""
+    case = queue_case("cpu", n=8, d=16, k=32)
+    torch.manual_seed(0)
+    loss, *_ = metric_learning(case)()
+    query, key, queue = inputs(case)
+    query, key, queue = F.normalize(query), F.normalize(key), queue.clone()
+    queue[:8] = key
+    logits = query @ queue.T / TEMPERATURE  # the positive of row i is column i
+    torch.testing.assert_close(loss, F.cross_entropy(logits, torch.arange(8)).detach())

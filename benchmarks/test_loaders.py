@@ -1,19 +1,26 @@
 """Two views an image, by each loader, on two threads or in two processes: 32 pixels in memory, and JPEG files.
 
 The recipe is MoCo v2's; torchvision also runs it with the true Gaussian of 23 taps that many re-implementations use.
+No two draw the same numbers: here it is asserted that they make the same kind of batch, and in tests/data that ours are
+torchvision's views, given the same numbers. Each runs in a process of its own (see `Apart`).
 """
 
 import dataclasses
+import functools
 import itertools
-from collections.abc import Iterator
+import tempfile
+from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from pytest_benchmark.fixture import BenchmarkFixture
 from torch import Tensor
 from torchvision.transforms.v2.functional import to_pil_image
 
+from benchmarks.lightly_sides import WORKERS, Apart, endless
+from benchmarks.peers import peer
+from benchmarks.sides import DEVICES, Case, Side, grid
 from fastssl.data import augmentation as aug
 from fastssl.data.loader import make_loader
 from fastssl.data.loading import Loading
@@ -21,12 +28,15 @@ from fastssl.data.sources import ArrayImages, FolderImages, Images
 from fastssl.engine.device import keep_freed_memory
 from fastssl.ops import GaussianBlur
 
-BATCHES = 4  # a round
-LOADERS = {
-    "torchvision": Loading("torchvision", workers=2),
-    "torchvision, 23 taps": Loading("torchvision", workers=2),
-    "DALI alone": Loading("dali", "dali", workers=2),
-    "exact": Loading("dali", "exact", workers=2),
+MEMORY, JPEG = "32 px in memory", "JPEG 256 to 224"
+SIZES = {MEMORY: 32, JPEG: 224}  # of a view
+BATCH = {MEMORY: 256, JPEG: 32}
+BATCHES = 2  # a call; one of each worker, which makes whole batches
+LOADING = {
+    "torchvision": Loading("torchvision", workers=WORKERS),
+    "torchvision, 23 taps": Loading("torchvision", workers=WORKERS),
+    "DALI alone": Loading("dali", "dali", workers=WORKERS),
+    "fastssl": Loading("dali", "exact", workers=WORKERS),
 }
 
 
@@ -41,19 +51,20 @@ def photographs(count: int, side: int) -> Tensor:
     return (images.clamp(0, 1) * 255).byte()
 
 
-@pytest.fixture(scope="module")
-def in_memory() -> Images:
-    return ArrayImages(photographs(8192, 32), None)
-
-
-@pytest.fixture(scope="module")
-def jpegs(tmp_path_factory: pytest.TempPathFactory) -> Images:
-    root = tmp_path_factory.mktemp("jpegs")
-    paths: list[Path] = []
+@functools.cache
+def folder() -> tempfile.TemporaryDirectory[str]:
+    """Of JPEGs, there until Python ends."""
+    made = tempfile.TemporaryDirectory()
     for number, image in enumerate(photographs(512, 256)):
-        paths.append(root / f"{number}.jpg")
-        to_pil_image(image).save(paths[-1], quality=90)
-    return FolderImages(tuple(paths), None)
+        to_pil_image(image).save(f"{made.name}/{number}.jpg", quality=90)
+    return made
+
+
+def images_of(kind: str, root: str | None) -> Images:
+    """Enough that an epoch's end is rare."""
+    if root is None:
+        return ArrayImages(photographs(2048, SIZES[kind]).repeat(4, 1, 1, 1), None)
+    return FolderImages(tuple(sorted(Path(root).iterdir())) * 4, None)
 
 
 def recipe(size: int, taps: bool) -> aug.Augmentation:
@@ -67,30 +78,125 @@ def recipe(size: int, taps: bool) -> aug.Augmentation:
     return aug.Augmentation(tuple(aug.View(size, tuple(map(changed, view.steps))) for view in views))
 
 
-def endless(images: Images, augmentation: aug.Augmentation, batch: int, options: Loading) -> Iterator[list[Tensor]]:
-    loader = make_loader(images, augmentation, batch, options)
-    return itertools.chain.from_iterable(loader.batches(epoch) for epoch in itertools.count())
+class Stream:
+    """A loader's batches, one after the other.
+
+    Args:
+        name: of the side.
+        kind: of images.
+        root: of JPEGs; None: images in memory.
+        device: where the views are wanted.
+        workers: of the loader.
+    """
+
+    def __init__(self, name: str, kind: str, root: str | None, device: str, workers: int = WORKERS) -> None:
+        images, augmentation = images_of(kind, root), recipe(SIZES[kind], "taps" in name)
+        batches: Callable[[int], Iterable[list[Tensor]]]
+        if name == "lightly":
+            from benchmarks.lightly_moco import lightly_loader
+
+            theirs = lightly_loader(images, augmentation, BATCH[kind])
+
+            def batches(epoch: int) -> Iterable[list[Tensor]]:
+                return ([view.to(device) for view in views] for views, _, _ in theirs)
+        else:
+            options = dataclasses.replace(LOADING[name], device=torch.device(device), workers=workers)
+            if workers:
+                keep_freed_memory()  # as the trainer does
+            batches = make_loader(images, augmentation, BATCH[kind], options).batches
+        self._batches = endless(batches)
+
+    def run(self, count: int) -> None:
+        """Take `count` batches."""
+        for views in itertools.islice(self._batches, count):
+            del views
+        if torch.cuda.is_initialized():
+            torch.cuda.synchronize()
+
+    def summary(self) -> list[tuple[Any, ...]]:
+        """Of the next batch: shape, dtype, mean and standard deviation of each view."""
+        return [(tuple(v.shape), v.dtype, float(v.mean()), float(v.std())) for v in next(self._batches)]
+
+    def close(self) -> None:
+        """End workers and pipelines."""
+        self._batches.close()
 
 
-def run(benchmark: BenchmarkFixture, images: Images, size: int, batch: int, name: str) -> None:
-    keep_freed_memory()
-    batches = endless(images, recipe(size, "taps" in name), batch, LOADERS[name])
+class Batches:
+    """Calls of a `Stream` in another process; the first tells what a batch is like.
 
-    def some() -> None:
-        for _ in range(BATCHES):
-            next(batches)
+    Args:
+        case: which.
+        name: of the side.
+    """
 
-    benchmark.pedantic(some, rounds=7, warmup_rounds=1)
-    benchmark.extra_info["images_per_second"] = round(BATCHES * batch / benchmark.stats.stats.median)
+    def __init__(self, case: Case, name: str) -> None:
+        self._told = False
+        self._peer = Apart(Stream, name, case["images"], root(case), case.device)
+
+    def __call__(self) -> Any:
+        if self._told:
+            return self._peer("run", BATCHES)
+        self._told = True
+        return self._peer("summary")
+
+    def close(self) -> None:
+        self._peer.close()
 
 
-@pytest.mark.parametrize("name", LOADERS)
-def test_small_images_in_memory(benchmark: BenchmarkFixture, name: str, in_memory: Images) -> None:
-    benchmark.group = f"two views, 32 pixels in memory, {BATCHES} batches of 256"
-    run(benchmark, in_memory, 32, 256, name)
+def root(case: Case) -> str | None:
+    return folder().name if case["images"] == JPEG else None
 
 
-@pytest.mark.parametrize("name", LOADERS)
-def test_jpegs(benchmark: BenchmarkFixture, name: str, jpegs: Images) -> None:
-    benchmark.group = f"two views, JPEG of 256 pixels to 224, {BATCHES} batches of 32"
-    run(benchmark, jpegs, 224, 32, name)
+@functools.cache
+def expected(kind: str, root: str | None) -> list[tuple[Any, ...]]:
+    """Of torchvision's, made in this process."""
+    stream = Stream("torchvision", kind, root, "cpu", workers=0)
+    try:
+        return stream.summary()
+    finally:
+        stream.close()
+
+
+def check(case: Case, result: list[tuple[Any, ...]]) -> None:
+    """Shape and dtype, and mean and deviation as near as other draws let them come."""
+    kind = case["images"]
+    for one, right in zip(result, expected(kind, root(case)), strict=True):
+        assert one[:2] == right[:2]
+        assert one[2] == pytest.approx(right[2], abs=0.25) and one[3] == pytest.approx(right[3], rel=0.15)
+
+
+def side(name: str, **other: Any) -> Side:
+    def make(case: Case) -> Callable[[], Any]:
+        if name == "lightly":
+            peer("lightly")
+        elif LOADING[name].kind == "dali":
+            pytest.importorskip("nvidia.dali", reason="DALI is not installed: pip install 'fastssl[dali]'")
+        expected(case["images"], root(case))  # before workers begin: later they would work ahead meanwhile
+        return Batches(case, name)
+
+    return Side(name, make, **other)
+
+
+SIDES = (
+    side("torchvision"),
+    side(
+        "torchvision, 23 taps", differs="blurs with 23 taps whatever sigma is", when=lambda case: case.device == "cpu"
+    ),
+    side("lightly", differs="blurs with PIL's approximation of a Gaussian"),
+    side("DALI alone", differs="hue and contrast are DALI's, not torchvision's"),
+    side("fastssl", role="ours"),
+)
+CASES = [
+    Case(
+        "loader", (("images", kind),), device,
+        items=BATCHES * BATCH[kind], unit="images", quick=kind == MEMORY and device == "cpu",
+    )
+    for device in DEVICES
+    for kind in (MEMORY, JPEG)
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("case", "side"), grid(CASES, SIDES))
+def test_loader(turns: Callable[..., None], case: Case, side: Side) -> None:
+    turns(case, side, check, alone=True)  # loaders work ahead while it is not their turn

@@ -1,27 +1,26 @@
-"""Enqueueing a batch of keys on the CPU into queues of two sizes, beside the code of MoCo's authors.
-
-Theirs gets keys that are normalised already and a capacity that is a multiple of the batch, as it needs them.
-"""
+"""Enqueueing a batch of keys into queues of several sizes, beside the code of MoCo's authors and other libraries."""
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
-from pytest_benchmark.fixture import BenchmarkFixture
 from torch import Tensor
 
+from benchmarks import peers
+from benchmarks.sides import DEVICES, Case, Side, grid
 from fastssl.ops import KeyQueue
 
-N, DIM = 256, 128
+N, D = 256, 128
 
 
-class Theirs:
+class Authors:
     """`_dequeue_and_enqueue` of the authors' builder.py."""
 
-    def __init__(self, capacity: int) -> None:
-        self.queue = F.normalize(torch.randn(DIM, capacity), dim=0)
-        self.queue_ptr = torch.zeros(1, dtype=torch.long)
+    def __init__(self, capacity: int, device: str) -> None:
+        self.queue = F.normalize(torch.randn(D, capacity, device=device), dim=0)
+        self.queue_ptr = torch.zeros(1, dtype=torch.long, device=device)
 
     def __call__(self, keys: Tensor) -> None:
         batch_size, ptr = keys.shape[0], int(self.queue_ptr)
@@ -29,17 +28,76 @@ class Theirs:
         self.queue_ptr[0] = (ptr + batch_size) % self.queue.shape[1]
 
 
-@pytest.mark.parametrize("capacity", [65_536, 1_048_576])
-@pytest.mark.parametrize("which", ["authors", "fastssl"])
-def test_enqueue(benchmark: BenchmarkFixture, which: str, capacity: int) -> None:
-    benchmark.group = "enqueue_, N=256, D=128"
-    keys = torch.randn(N, DIM)
-    enqueue: Callable[[Tensor], None]
-    if which == "authors":
-        enqueue, keys = Theirs(capacity), F.normalize(keys)
-    else:
-        queue = KeyQueue(capacity, DIM)  # filled, so that its pages are in memory
-        enqueue = queue.enqueue_
+def batch(case: Case) -> Tensor:
+    return torch.randn(N, D, generator=torch.Generator().manual_seed(0)).to(case.device)
+
+
+def authors(case: Case) -> Callable[[], Any]:
+    enqueue, keys = Authors(case["K"], case.device), F.normalize(batch(case))
+
+    def step() -> Tensor:
         enqueue(keys)
-        assert torch.allclose(queue.keys[:N], F.normalize(keys), atol=1e-6)
-    benchmark.pedantic(enqueue, (keys,), rounds=200, iterations=20, warmup_rounds=5)
+        return enqueue.queue.T
+
+    return step
+
+
+def lightly(case: Case) -> Callable[[], Any]:
+    module = peers.peer("lightly.models.modules.memory_bank", "lightly").MemoryBankModule((case["K"], D))
+    module, keys = module.to(case.device), F.normalize(batch(case))
+
+    def step() -> Tensor:
+        module(keys, update=True)
+        return module.bank
+
+    return step
+
+
+def metric_learning(case: Case) -> Callable[[], Any]:
+    losses = peers.peer("pytorch_metric_learning.losses", "pytorch-metric-learning")
+    memory = losses.CrossBatchMemory(losses.NTXentLoss(), D, case["K"])
+    memory.embedding_memory, memory.label_memory = (
+        memory.embedding_memory.to(case.device),
+        memory.label_memory.to(case.device),
+    )
+    keys, labels = F.normalize(batch(case)), torch.arange(N, device=case.device)
+
+    def step() -> Tensor:
+        memory.add_to_memory(keys, labels, N)
+        return memory.embedding_memory
+
+    return step
+
+
+def ours(case: Case) -> Callable[[], Any]:
+    queue, keys = KeyQueue(case["K"], D, device=case.device), batch(case)  # filled, so that its pages are in memory
+
+    def step() -> Tensor:
+        queue.enqueue_(keys)
+        return queue.keys
+
+    return step
+
+
+def check(case: Case, stored: Tensor) -> None:
+    torch.testing.assert_close(stored[:N], F.normalize(batch(case)), rtol=0, atol=1e-6)
+
+
+def make_case(device: str, k: int) -> Case:
+    axes = (("N", N), ("D", D), ("K", k), ("dtype", "float32"))
+    return Case("KeyQueue", axes, device, bytes=8 * N * D, quick=k == 4096)
+
+
+GIVEN = "gets normalised keys; the capacity must be a multiple of the batch"
+SIDES = (
+    Side("authors", authors, differs=GIVEN),
+    Side("lightly", lightly, differs="gets normalised keys; clones the bank; cuts a batch at the end of the bank"),
+    Side("pytorch-metric-learning", metric_learning, differs="gets normalised keys; stores labels too"),
+    Side("fastssl", ours, role="ours"),
+)
+CASES = [make_case(device, k) for device in DEVICES for k in (4096, 65_536, 1_048_576)]
+
+
+@pytest.mark.parametrize(("case", "side"), grid(CASES, SIDES, graphs=("fastssl",)))
+def test_enqueue(turns: Callable[..., None], case: Case, side: Side) -> None:
+    turns(case, side, check)

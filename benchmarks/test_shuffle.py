@@ -1,11 +1,12 @@
-"""Shuffle-BN of 64 images a rank over 4 gloo processes, beside the code of MoCo's authors and a bare all-to-all.
+"""Shuffle-BN over 2 and 4 gloo processes, beside the code of MoCo's authors and a bare all-to-all.
 
-`extra_info` has the rows that a rank gets from others, and the bytes that cross the network device (of one machine: the
-loopback) for all ranks together, headers included.
+Over NCCL the processes need a GPU each; `gpu-check` has one.
 """
 
 import multiprocessing
-from collections.abc import Iterator
+import tempfile
+from collections.abc import Callable
+from functools import partial
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -13,24 +14,25 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from pytest_benchmark.fixture import BenchmarkFixture
 from torch import Tensor
 
+from benchmarks.sides import Case, Side, grid
 from fastssl.ops import shuffle_batch
 from fastssl.ops.reference import gather
 from tests import processes
 
-WORLD, BATCH, IMAGE = 4, 64, (3, 224, 224)
+IMAGE = (3, 224, 224)
+Shuffle = Callable[[Tensor, torch.Generator], Tensor]
 
 
 def authors(x: Tensor, generator: torch.Generator) -> Tensor:
     """`_batch_shuffle_ddp` of the authors' builder.py."""
-    parts = [torch.ones_like(x) for _ in range(WORLD)]
+    parts = [torch.ones_like(x) for _ in range(dist.get_world_size())]
     dist.all_gather(parts, x)
     x_gather = torch.cat(parts)
     idx_shuffle = torch.randperm(len(x_gather))
     dist.broadcast(idx_shuffle, src=0)
-    return x_gather[idx_shuffle.view(WORLD, -1)[dist.get_rank()]]
+    return x_gather[idx_shuffle.view(len(parts), -1)[dist.get_rank()]]
 
 
 def bare(x: Tensor, generator: torch.Generator) -> Tensor:
@@ -46,73 +48,73 @@ def ours(x: Tensor, generator: torch.Generator) -> Tensor:
     return shuffled
 
 
-SHUFFLES = {"authors": authors, "all_to_all_single": bare, "fastssl": ours}
-
-
-def rank_of(rank: int, meeting: str, pipe: Connection) -> None:
-    """Does what the parent names until it says stop."""
-    processes.meet(rank, WORLD, meeting)
+def rank_of(rank: int, world: int, rows: int, shuffle: Shuffle, meeting: str, pipe: Connection) -> None:
+    """Shuffle whenever the parent asks; the first time, tell which rows of all came to which rank."""
+    processes.meet(rank, world, meeting)
     generator = torch.Generator().manual_seed(0)
-    x = torch.randn(BATCH, *IMAGE, generator=torch.Generator().manual_seed(rank))
-    x[:, 0, 0, 0] = rank * BATCH + torch.arange(BATCH)
-    for name in iter(pipe.recv, "stop"):
-        if name.startswith("rows of "):
-            rows = SHUFFLES[name.removeprefix("rows of ")](x, generator)[:, 0, 0, 0]
-            pipe.send((sorted(gather(rows, None).tolist()), int((rows // BATCH != rank).sum())))
-        else:
-            SHUFFLES[name](x, generator)
-            pipe.send(None)
+    x = torch.randn(rows, *IMAGE, generator=torch.Generator().manual_seed(rank))
+    x[:, 0, 0, 0] = rank * rows + torch.arange(rows)
+    answer: Any = sorted(gather(shuffle(x, generator)[:, 0, 0, 0], None).tolist())
+    while pipe.recv() == "shuffle":
+        shuffle(x, generator)
+        pipe.send(answer)
+        answer = None
     dist.destroy_process_group()
 
 
 class Ranks:
-    """Four processes that do one thing at a time together."""
+    """Processes that shuffle together when it is called.
 
-    def __init__(self, folder: Path) -> None:
+    Args:
+        shuffle: what they do.
+        case: how many processes, and rows of each.
+    """
+
+    def __init__(self, shuffle: Shuffle, case: Case) -> None:
+        self._folder = tempfile.TemporaryDirectory()
         context = multiprocessing.get_context("forkserver")
-        self.pipes, self.processes = [], []
-        for rank in range(WORLD):
+        self._pipes, self._processes = [], []
+        for rank in range(case["ranks"]):
             pipe, theirs = context.Pipe()
-            process = context.Process(target=rank_of, args=(rank, str(folder / "meeting"), theirs), daemon=True)
+            arguments = rank, case["ranks"], case["rows"], shuffle, str(Path(self._folder.name) / "meeting"), theirs
+            process = context.Process(target=rank_of, args=arguments, daemon=True)
             process.start()
             theirs.close()  # so that a process that dies is an error here
-            self.pipes.append(pipe)
-            self.processes.append(process)
+            self._pipes.append(pipe)
+            self._processes.append(process)
 
-    def __call__(self, name: str) -> list[Any]:
-        for pipe in self.pipes:
-            pipe.send(name)
-        return [pipe.recv() for pipe in self.pipes]
+    def __call__(self) -> list[Any]:
+        for pipe in self._pipes:
+            pipe.send("shuffle")
+        return [pipe.recv() for pipe in self._pipes]
 
-    def stop(self) -> None:
-        for pipe in self.pipes:
+    def close(self) -> None:
+        for pipe in self._pipes:
             pipe.send("stop")
-        for process in self.processes:
+        for process in self._processes:
             process.join()
+        self._folder.cleanup()
 
 
-@pytest.fixture(scope="module")
-def ranks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ranks]:
-    ranks = Ranks(tmp_path_factory.mktemp("shuffle"))
-    yield ranks
-    ranks.stop()
+def check(case: Case, answers: list[Any]) -> None:
+    """Nothing is lost or doubled."""
+    assert answers == [list(range(case["ranks"] * case["rows"]))] * case["ranks"]
 
 
-def received() -> int:
-    """Bytes that came in over all network devices since the machine was started."""
-    lines = Path("/proc/net/dev").read_text().splitlines()[2:]
-    return sum(int(line.split(":")[1].split()[0]) for line in lines)
+def make_case(ranks: int) -> Case:
+    rows = 64
+    sent = 4 * rows * torch.Size(IMAGE).numel() * (ranks - 1)  # of all processes, to others
+    return Case("shuffle_batch", (("ranks", ranks), ("rows", rows)), bytes=sent, items=ranks * rows, unit="images",
+                quick=ranks == 2)  # fmt: skip
 
 
-@pytest.mark.parametrize("which", SHUFFLES)
-def test_shuffle(benchmark: BenchmarkFixture, ranks: Ranks, which: str) -> None:
-    benchmark.group = f"shuffle_batch, {WORLD} processes of {BATCH}×3×224×224 float32"
-    for rows, foreign in ranks(f"rows of {which}"):
-        assert rows == list(range(WORLD * BATCH))  # nothing is lost or doubled
-        if which == "fastssl":
-            assert foreign == BATCH * (WORLD - 1) // WORLD
-            benchmark.extra_info["rows_from_others"] = foreign
-    before = received()
-    ranks(which)
-    benchmark.extra_info["mb_on_the_wire"] = round((received() - before) / 1e6)
-    benchmark.pedantic(ranks, (which,), rounds=11, warmup_rounds=2)
+SIDES = (
+    Side("authors", partial(Ranks, authors), differs="gathers all batches on every rank"),
+    Side("all_to_all_single", partial(Ranks, bare), role="bound"),
+    Side("fastssl", partial(Ranks, ours), role="ours"),
+)
+
+
+@pytest.mark.parametrize(("case", "side"), grid(map(make_case, (2, 4)), SIDES))
+def test_shuffle(turns: Callable[..., None], case: Case, side: Side) -> None:
+    turns(case, side, check)

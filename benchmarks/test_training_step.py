@@ -1,59 +1,140 @@
-"""One training step of the demo network in float32: each method beside the bare backbone with as many passes."""
+"""A training step of MoCo and BYOL: whole, from images to updated queue, and what is computed on ready views.
+
+Each begins from the same weights and queue; `test_same_method.py` shows that ours and lightly's then lose the same.
+What lightly does otherwise, without another result:
+- The momentum update comes before the forward pass (the authors' code), ours after the optimizer (Algorithm 1): the
+  first of lightly's does nothing, and then both have made the same ones when a key is computed.
+- Its queue is written while the loss is computed, from a copy that the loss still reads; ours after the step. A batch
+  that does not fit the end of its queue is cut; K here is a multiple of the batch.
+- Shuffle-BN on one device changes the order of the batch only: not the statistics, but the time. Both do it.
+- Its jitter, blur and crop are torchvision's and PIL's, image by image; ours give the same images (color "exact"), and
+  erase before the values are normalised, as here. The random numbers differ.
+Ours runs as the command line runs it: bfloat16 where the device has it, channels_last. lightly's users get float32;
+``lightly, tuned`` is theirs with both.
+
+On the CPU each runs in a process of its own (see `Apart`), with two loader workers or threads for whole steps.
+"""
+
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
-from pytest_benchmark.fixture import BenchmarkFixture
-from torch import Tensor, nn
 
-from fastssl.engine.device import keep_freed_memory
-from fastssl.methods import BYOL, MoCo
-from fastssl.models import create_backbone
+from benchmarks import trace_step
+from benchmarks.lightly_sides import Apart, BareStep, training
+from benchmarks.peers import peer
+from benchmarks.sides import Case, Side, grid
+from fastssl import train
+from fastssl.engine.build import build_method
 
-BATCH = 256
-
-
-class Bare(nn.Module):
-    """As many forward passes with and without gradient as a method makes, and nothing else."""
-
-    def __init__(self, passes: int) -> None:
-        super().__init__()
-        self.online, self.target, self.passes = (
-            create_backbone("small_resnet32"),
-            create_backbone("small_resnet32"),
-            passes,
-        )
-
-    def forward(self, views: list[Tensor]) -> Tensor:
-        with torch.no_grad():
-            for view in views[: self.passes]:
-                self.target(view)
-        return torch.stack([self.online(view).sum() for view in views[: self.passes]]).sum()
-
-    def after_step(self) -> None:
-        pass
-
-
-MAKE = {
-    "moco": (1, lambda: MoCo(create_backbone("small_resnet32"), queue_size=4096)),
-    "byol": (2, lambda: BYOL(create_backbone("small_resnet32"), hidden_dim=512, total_steps=1000)),
+SETUPS = {
+    "demo": [],  # small_resnet32, batch 128
+    "width 16, stride 1, batch 256": ["--backbone=small_resnet16", "--small_images=true", "--batch_size=256"],
 }
+BATCHES = {"demo": 128, "width 16, stride 1, batch 256": 256, "ResNet-50, batch 256": 256}
+TOTAL_STEPS = 1000  # of the training that a step on CUDA is part of
 
 
-@pytest.mark.parametrize("kind", ["bare", "method"])
-@pytest.mark.parametrize("name", MAKE)
-def test_step(benchmark: BenchmarkFixture, name: str, kind: str) -> None:
-    keep_freed_memory()
-    passes, make = MAKE[name]
-    method: nn.Module = make() if kind == "method" else Bare(passes)
-    method = method.to(memory_format=torch.channels_last)
-    optimizer = torch.optim.SGD([p for p in method.parameters() if p.requires_grad], 0.01)
-    views = [torch.randn(BATCH, 3, 32, 32).to(memory_format=torch.channels_last) for _ in "qk"]
+class Steps:
+    """Steps of a training in another process.
 
-    def step() -> None:
-        optimizer.zero_grad()
-        method(views).backward()
-        optimizer.step()
-        method.after_step()  # type: ignore[operator]
+    Args:
+        case: which.
+        name: of the side.
+    """
 
-    benchmark.group = f"training step, {name}, batch {BATCH}"
-    benchmark.pedantic(step, rounds=10, warmup_rounds=2)
+    def __init__(self, case: Case, name: str) -> None:
+        self._part, self._count = case["part"], count(case)
+        self._peer = Apart(training, name, case["method"].lower(), SETUPS[case["set-up"]])
+
+    def __call__(self) -> float:
+        return float(self._peer("run", self._part, self._count))
+
+    def peak_memory(self) -> int | None:
+        """Of that process, in which a step is made."""
+        peak: int | None = self._peer("peak_memory")
+        return peak
+
+    def close(self) -> None:
+        self._peer.close()
+
+
+def count(case: Case) -> int:
+    """Steps a call: both workers of a loader must have their turn."""
+    if case["part"] == "compute":
+        return 1
+    return 2 if case["set-up"].startswith("width") else 4
+
+
+def configuration(case: Case) -> Any:
+    """Of the method's ImageNet recipe on one GPU."""
+    method = case["method"].lower()
+    chosen = [f"--recipe={train.default_recipe(method, 'folder')}", "--gpus=1", "--batch_size=256"]
+    # The recipe's 8 parts stand for 8 GPUs; lightly has no such thing.
+    return train.parse([method, *chosen, *(["--bn_splits=1"] if method == "moco" else [])])[0]
+
+
+def on_cuda(case: Case, name: str) -> Callable[[], float]:
+    """One step on ready views of 224 pixels, in this process."""
+    device, config = torch.device("cuda"), configuration(case)
+    ours, views = trace_step.make_step(config, device, 224)  # also lets cuDNN try its algorithms, for everybody
+    step: Any = ours
+    if name == "bare backbone":
+        step = BareStep(ours)
+    elif name != "fastssl":
+        from benchmarks.lightly_moco import lightly_step
+
+        step = lightly_step(config, build_method(config, TOTAL_STEPS), TOTAL_STEPS, name != "lightly", device)
+        views = [view.float().contiguous() for view in views]
+    # No host waits for the loss: a training reads it now and then only.
+    return lambda: step(views, config.lr)
+
+
+def side(name: str, **other: Any) -> Side:
+    def make(case: Case) -> Callable[[], float]:
+        if name.startswith("lightly"):
+            peer("lightly")
+        return on_cuda(case, name) if case.device == "cuda" else Steps(case, name)
+
+    return Side(name, make, **other)
+
+
+BIAS = "the momentum update comes first; BYOL's heads have a bias in the last layer"
+SIDES = (
+    side("lightly", differs=f"float32; {BIAS}"),
+    side("lightly, tuned", differs=BIAS),
+    side(
+        "bare backbone", role="bound", differs="as many passes through the backbone, nothing else", agrees=False,
+        when=lambda case: case["part"] == "compute",
+    ),
+    side("fastssl", role="ours"),
+)  # fmt: skip
+
+
+def case(method: str, setup: str, part: str, device: str = "cpu", quick: bool = False) -> Case:
+    axes = (("method", method), ("set-up", setup), ("part", part))
+    made = Case("training step", axes, device, unit="images", quick=quick)
+    steps = count(made) if device == "cpu" else 1
+    return Case("training step", axes, device, items=steps * BATCHES[setup], unit="images", quick=quick)
+
+
+WHOLE = [case("MoCo", setup, "whole") for setup in SETUPS] + [case("BYOL", "demo", "whole")]
+COMPUTE = [case("MoCo", "demo", "compute", quick=True), case("BYOL", "demo", "compute")]
+COMPUTE += [case(method, "ResNet-50, batch 256", "compute", "cuda") for method in ("MoCo", "BYOL")]
+LOSSES: dict[Case, float] = {}  # of the first step, by the first side that made one
+
+
+def check(case: Case, loss: float | torch.Tensor) -> None:
+    """On the same views all lose the same at first, up to the precision they compute in."""
+    assert float(loss) == pytest.approx(LOSSES.setdefault(case, float(loss)), rel=0.03)
+
+
+@pytest.mark.parametrize(("case", "side"), grid(WHOLE, SIDES))
+def test_whole(turns: Callable[..., None], case: Case, side: Side) -> None:
+    turns(case, side, alone=True)  # a loader works ahead while it is not its turn
+
+
+@pytest.mark.parametrize(("case", "side"), grid(COMPUTE, SIDES))
+def test_compute(turns: Callable[..., None], case: Case, side: Side) -> None:
+    turns(case, side, check)

@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.table import Table
 
 import fastssl.ops  # noqa: F401  registers the ops
-from fastssl import __version__, _extension
+from fastssl import __version__, _extension, apex
 from fastssl.errors import FastsslError
 from fastssl.ops import backend
 
@@ -104,11 +104,10 @@ def _installed(distributions: Iterable[str]) -> str | None:
 
 def _apex() -> str | None:
     """NVIDIA's apex, told from the package of the same name on PyPI by what it contains."""
-    spec = find_spec("apex")
-    if spec is None:
+    there = apex.has("optimizers")
+    if there is None:
         return None
-    folders = [Path(folder) for folder in spec.submodule_search_locations or ()]
-    if not any((folder / "optimizers").is_dir() for folder in folders):
+    if not there:
         return "not NVIDIA's: PyPI's apex is another package"
     return "NVIDIA's, " + ("with amp_C" if find_spec("amp_C") else "without amp_C, so without its fused kernels")
 

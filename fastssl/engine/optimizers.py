@@ -7,9 +7,10 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from fastssl.apex import INSTALL as INSTALL_APEX
+from fastssl.apex import find as find_apex
 from fastssl.engine.config import Recipe
 from fastssl.errors import FastsslError
-from fastssl.models.sync_batch_norm import APEX, apex_class
 
 
 class LARS(Optimizer):
@@ -152,8 +153,8 @@ def _apex_sgd(groups: list[dict[str, Any]], options: dict[str, float], fused: bo
                 f"apex's FusedSGD takes float32 or float16 parameters on cuda, got {p.dtype} on {p.device.type}; "
                 "leave apex off"
             )
-    kind = apex_class("optimizers", "FusedSGD")
+    kind = find_apex("optimizers", "FusedSGD")
     try:
         return kind(groups, **options)
     except RuntimeError as error:
-        raise FastsslError(f"{error}: install apex with its CUDA extensions, {APEX}") from None
+        raise FastsslError(f"{error}: install apex with its CUDA extensions, {INSTALL_APEX}") from None

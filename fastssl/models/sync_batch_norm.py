@@ -2,9 +2,6 @@
 
 import copy
 from collections.abc import Callable
-from importlib import import_module
-from importlib.util import find_spec
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,12 +12,12 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd.function import once_differentiable
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from fastssl.apex import find as find_apex
 from fastssl.errors import FastsslError
 from fastssl.models.split_batch_norm import SplitBatchNorm2d
 from fastssl.ops.reference import gather, in_float, world_size
 
 CONVERTED = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
-APEX = "APEX_CPP_EXT=1 APEX_CUDA_EXT=1 pip install -v --no-build-isolation git+https://github.com/NVIDIA/apex"
 
 
 class SyncBatchNorm(_BatchNorm):
@@ -198,29 +195,10 @@ def _check_kinds(network: nn.Module, norms: list[_BatchNorm]) -> None:
 
 
 def _apex_batch_norm(group: dist.ProcessGroup | None) -> Callable[[_BatchNorm], nn.Module]:
-    kind = apex_class("parallel", "SyncBatchNorm")
+    kind = find_apex("parallel", "SyncBatchNorm")
     return lambda old: kind(
         old.num_features, old.eps, old.momentum, old.affine, old.track_running_stats, process_group=group
     )
-
-
-def apex_class(package: str, name: str) -> Any:
-    """The class ``apex.package.name`` of NVIDIA apex, told from the package of that name on PyPI by what it contains.
-
-    Raises:
-        FastsslError: it is not installed, or has no such class; says how to install it.
-    """
-    spec = find_spec("apex")
-    folders = [] if spec is None else [Path(folder) for folder in spec.submodule_search_locations or ()]
-    if not any((folder / package).is_dir() for folder in folders):
-        found = (
-            "is not installed" if spec is None else "is not in the apex that is installed (PyPI's is another package)"
-        )
-        raise FastsslError(f"NVIDIA's apex.{package} {found}: {APEX}; or leave apex off")
-    try:
-        return getattr(import_module(f"apex.{package}"), name)
-    except (ImportError, AttributeError) as error:
-        raise FastsslError(f"apex.{package}.{name} cannot be imported ({error}): {APEX}; or leave apex off") from None
 
 
 def batch_norm_group(size: int) -> dist.ProcessGroup | None:

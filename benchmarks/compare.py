@@ -1,0 +1,188 @@
+"""Two runs beside each other: ``python -m benchmarks.compare A.json B.json`` says what became slower."""
+
+import argparse
+import math
+import statistics
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from benchmarks.results import ResultsError, Row, Run, duration, load, said
+
+NOISE = 0.15
+
+
+@dataclass(frozen=True)
+class Change:
+    """A row in both runs."""
+
+    before: Row
+    after: Row
+    drift: float  # what the ratio is divided by: how much slower the yardsticks of the op were; 1 for absolute ratios
+    noise: float
+
+    @property
+    def ratio(self) -> float:
+        """Time after over time before, without the drift of the machine."""
+        return self.after.median / self.before.median / self.drift
+
+    @property
+    def slower(self) -> bool:
+        """Beyond noise."""
+        return self.ratio > 1 + self.noise
+
+    @property
+    def faster(self) -> bool:
+        """Beyond noise, as far as `slower` the other way."""
+        return self.ratio < 1 / (1 + self.noise)
+
+    @property
+    def regression(self) -> bool:
+        """A side of ours that became slower: a peer's new version is no fault of ours."""
+        return self.slower and self.before.role == "ours"
+
+
+@dataclass(frozen=True)
+class Difference:
+    """What two runs have in common, and what not."""
+
+    changes: tuple[Change, ...]
+    drifts: dict[tuple[str, str], float]  # by op and device; ops without yardsticks are missing
+    only_before: tuple[Row, ...]
+    only_after: tuple[Row, ...]
+    warnings: tuple[str, ...]
+
+    @property
+    def regressions(self) -> list[Change]:
+        """The worst first."""
+        return sorted((change for change in self.changes if change.regression), key=lambda change: -change.ratio)
+
+    @property
+    def improvements(self) -> list[Change]:
+        """Sides of ours that became faster, the best first."""
+        found = (change for change in self.changes if change.faster and change.before.role == "ours")
+        return sorted(found, key=lambda change: change.ratio)
+
+    @property
+    def others(self) -> list[Change]:
+        """Peers and bounds that moved against the rest of their op."""
+        return [c for c in self.changes if c.before.role != "ours" and (c.slower or c.faster)]
+
+
+def noise_of(before: Row, after: Row, least: float) -> float:
+    """Below this a change means nothing: both relative interquartile ranges, as independent errors add."""
+    return max(least, math.hypot(before.spread, after.spread))
+
+
+def warnings_of(before: Run, after: Run) -> list[str]:
+    """Why the runs may not be comparable."""
+    pairs = (
+        ("devices", before.machine.device, after.machine.device),
+        ("numbers of threads", before.machine.threads, after.machine.threads),
+        ("settings of --quick", before.machine.quick, after.machine.quick),
+    )
+    return [f"the {what} differ: {a} and {b}" for what, a, b in pairs if a != b]
+
+
+def difference(before: Run, after: Run, noise: float = NOISE, absolute: bool = False) -> Difference:
+    """Compare every row that both runs have.
+
+    Machines differ in speed from hour to hour, so each ratio is divided by the median ratio of the peers and bounds of
+    the same op and device, unless `absolute`. Without peers and bounds in both runs an op's ratios stay as they are.
+    """
+    old, new = {row.key: row for row in before.rows}, {row.key: row for row in after.rows}
+    both = [(old[key], new[key]) for key in old if key in new]
+    ratios: dict[tuple[str, str], list[float]] = {}
+    for a, b in both:
+        if a.role != "ours":
+            ratios.setdefault((a.op, a.device), []).append(b.median / a.median)
+    drifts = {} if absolute else {key: statistics.median(found) for key, found in ratios.items()}
+    return Difference(
+        changes=tuple(Change(a, b, drifts.get((a.op, a.device), 1.0), noise_of(a, b, noise)) for a, b in both),
+        drifts=drifts,
+        only_before=tuple(row for key, row in old.items() if key not in new),
+        only_after=tuple(row for key, row in new.items() if key not in old),
+        warnings=tuple(warnings_of(before, after)),
+    )
+
+
+def listed(title: str, changes: Sequence[Change]) -> Table:
+    """Changes as a table."""
+    out = Table(title=title, title_justify="left")
+    for name in ("op", "case", "device", "side"):
+        out.add_column(name, overflow="fold")
+    for name in ("before", "after", "÷", "÷ drift", "noise"):
+        out.add_column(name, justify="right", no_wrap=True)
+    for change in changes:
+        row, plain = change.before, change.after.median / change.before.median
+        cells = (row.op, said(row.case), row.device, row.side, duration(row.median), duration(change.after.median))
+        out.add_row(*map(escape, cells), f"{plain:.2f}", f"{change.ratio:.2f}", f"{change.noise:.0%}")
+    return out
+
+
+def show(console: Console, found: Difference, absolute: bool) -> None:
+    """Regressions, improvements, and a count of the rest."""
+    for text in found.warnings:
+        console.print(f"[yellow]Warning: {escape(text)}[/yellow]")
+    if absolute:
+        console.print("Ratios are absolute: not divided by the drift of the machine.")
+    else:
+        console.print("Ratios are divided by the drift: the median ratio of the peers and bounds of the same op.")
+        for (op, device), drift in found.drifts.items():
+            console.print(f"  {escape(op)}, {device}: {drift:.2f}")
+        ops = dict.fromkeys((change.before.op, change.before.device) for change in found.changes)
+        bare = [f"{op}, {device}" for op, device in ops if (op, device) not in found.drifts]
+        if bare:
+            console.print(f"  not divided, for want of peers and bounds in both: {escape('; '.join(bare))}")
+    groups = (
+        ("Regressions", found.regressions),
+        ("Improvements", found.improvements),
+        ("Peers and bounds that moved otherwise than their op (no regressions)", found.others),
+    )
+    for title, changes in groups:
+        if changes:
+            console.print(listed(f"{title}: {len(changes)}", changes))
+    moved = sum(len(changes) for _, changes in groups)
+    console.print(
+        f"{len(found.regressions)} regressions, {len(found.changes) - moved} of {len(found.changes)} unchanged"
+    )
+    for name, rows in (("first", found.only_before), ("second", found.only_after)):
+        if rows:
+            console.print(f"Only in the {name} file: {len(rows)}")
+            for row in rows:
+                console.print(f"  {escape(f'{row.op}, {said(row.case)}, {row.device}, {row.side}')}")
+
+
+def share(text: str) -> float:
+    """A noise floor."""
+    value = float(text)
+    if not 0 <= value < math.inf:
+        raise argparse.ArgumentTypeError(f"{text} is no noise: give a share such as {NOISE}, 0 or more")
+    return value
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Print the comparison; 1 if something of ours became slower, 2 for files that cannot be read."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.compare", description=__doc__)
+    parser.add_argument("before", type=Path)
+    parser.add_argument("after", type=Path)
+    parser.add_argument("--noise", type=share, default=NOISE, help=f"smallest share that counts; default: {NOISE}")
+    parser.add_argument("--absolute", action="store_true", help="do not divide by the drift of the machine")
+    options = parser.parse_args(argv)
+    try:
+        before, after = load(options.before), load(options.after)
+    except ResultsError as error:
+        print(error, file=sys.stderr)
+        return 2
+    found = difference(before, after, options.noise, options.absolute)
+    show(Console(), found, options.absolute)
+    return 1 if found.regressions else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

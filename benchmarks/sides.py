@@ -1,0 +1,100 @@
+"""What a comparison is made of: a case (one op, one shape, one device) and the sides that do it."""
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+import pytest
+import torch
+
+DEVICES = ("cpu", "cuda")
+# A side's `make` calls this when the side cannot run here: pytest.skip, so that importorskip may be used too.
+unavailable = pytest.skip
+
+
+@dataclass(frozen=True)
+class Case:
+    """One op at one shape on one device.
+
+    Args:
+        op: name of the op or pipeline, the same in all its cases.
+        axes: what distinguishes the cases of an op, in the order in which they are told.
+        device: "cpu" or "cuda".
+        flops: operations that no implementation can do without.
+        bytes: bytes that must be read or written at least.
+        items: how many of `unit` one call makes.
+        unit: plural, such as "images".
+        quick: part of ``--quick`` too.
+    """
+
+    op: str
+    axes: tuple[tuple[str, int | str], ...]
+    device: str = "cpu"
+    flops: float | None = None
+    bytes: float | None = None
+    items: int | None = None
+    unit: str | None = None
+    quick: bool = False
+
+    def __getitem__(self, axis: str) -> Any:
+        return dict(self.axes)[axis]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the axis "dtype"."""
+        dtype: torch.dtype = getattr(torch, self["dtype"])
+        return dtype
+
+    @property
+    def title(self) -> str:
+        """For people."""
+        shown = (f"{k}={v:,}" if isinstance(v, int) else str(v) for k, v in self.axes)
+        return f"{self.op}, {', '.join(shown)} [{self.device}]"
+
+    def __str__(self) -> str:
+        return "-".join([self.device, *(str(v) if isinstance(v, str) else f"{k}{v}" for k, v in self.axes)])
+
+
+@dataclass(frozen=True)
+class Side:
+    """One way to do it.
+
+    Args:
+        name: short; "fastssl" is ours.
+        make: gives the call to be timed, ready to run; calls `unavailable` with the reason if there is none. The call
+            may have a method ``close``.
+        role: "ours", "peer", or "bound" for a yardstick that does less than the op asks for.
+        differs: what it computes otherwise than the rest.
+        agrees: its result is compared with the expected one.
+        graph: timed as the replay of a CUDA graph.
+        when: for which cases it is asked for at all, for sides that take minutes at some.
+    """
+
+    name: str
+    make: Callable[[Case], Callable[[], Any]]
+    role: Literal["ours", "peer", "bound"] = "peer"
+    differs: str = ""
+    agrees: bool = True
+    graph: bool = False
+    when: Callable[[Case], bool] = lambda case: True
+
+    def __str__(self) -> str:
+        return self.name
+
+
+def grid(cases: Iterable[Case], sides: Sequence[Side], graphs: Sequence[str] = ()) -> list[Any]:
+    """The parameters ("case", "side") of a test: all sides of a case stand together, CUDA's are marked ``gpu``.
+
+    Args:
+        cases: to measure.
+        sides: who takes part.
+        graphs: names of the sides that on CUDA are also replayed as a graph.
+    """
+    parameters = []
+    for case in cases:
+        here = [side for side in sides if side.when(case)]
+        if case.device == "cuda":
+            here += [replace(s, name=f"{s.name}, CUDA graph", graph=True) for s in here if s.name in graphs]
+        marks = [pytest.mark.gpu] * (case.device == "cuda") + [pytest.mark.quick] * case.quick
+        parameters += [pytest.param(case, side, id=f"{case}-{side}", marks=marks) for side in here]
+    return parameters

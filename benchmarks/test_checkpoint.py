@@ -1,0 +1,222 @@
+"""Writing the state of MoCo with a ResNet-50, 0.37 GB, and reading it again.
+
+The files lie where temporary ones do (TMPDIR). What is read has just been written: it comes from the system's cache,
+not from the disk.
+"""
+
+import functools
+import os
+import tempfile
+import time
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed.checkpoint as dcp
+from pytest_benchmark.fixture import BenchmarkFixture
+from torch import Tensor
+
+from benchmarks.sides import Case, Side, grid
+from benchmarks.turns import Measured, report
+from fastssl.engine import checkpoint
+from fastssl.engine.build import build_method
+from fastssl.engine.config import MoCoConfig, to_dict
+from fastssl.engine.optimizers import make_optimizer
+
+SIZE = 369_585_184  # of the state: told here, so that collecting the cases need not make it
+ROUNDS, QUICK_ROUNDS = 7, 2  # of what is not timed by turns
+
+
+@functools.cache
+def state() -> dict[str, Any]:
+    """As the trainer saves it, with SGD's momentum buffers."""
+    config = MoCoConfig()
+    method = build_method(config, 1)
+    optimizer = make_optimizer(method, config)
+    for parameter in (p for p in method.parameters() if p.requires_grad):
+        parameter.grad = torch.zeros_like(parameter)
+    optimizer.step()
+    empty: dict[str, Any] = {key: {} for key in checkpoint.KEYS - {"format"}}
+    return empty | {
+        "method": config.method, "config": to_dict(config), "model": method.state_dict(),
+        "optimizer": optimizer.state_dict(), "step": 1, "total_steps": 1, "world": 1, "processes": [],
+    }  # fmt: skip
+
+
+def tensors(value: Any) -> Iterator[Tensor]:
+    """All in it, in order."""
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, Mapping):
+        for inner in value.values():
+            yield from tensors(inner)
+    elif isinstance(value, list | tuple):
+        for inner in value:
+            yield from tensors(inner)
+
+
+class InFolder:
+    """A call that is given a folder, which goes away with it.
+
+    Args:
+        call: gives the state that was read, or the path to which it was written.
+    """
+
+    def __init__(self, call: Callable[[Path], Any]) -> None:
+        self._call, self._folder = call, tempfile.TemporaryDirectory()
+        self.path = Path(self._folder.name)
+
+    def __call__(self) -> Any:
+        return self._call(self.path)
+
+    def close(self) -> None:
+        self._folder.cleanup()
+
+
+def ours(folder: Path) -> Path:
+    checkpoint.save(folder / "state.pt", state())
+    return folder / "state.pt"
+
+
+def plain(folder: Path) -> Path:
+    torch.save(state(), folder / "state.pt")
+    return folder / "state.pt"
+
+
+def synced(folder: Path) -> Path:
+    with open(folder / "state.tmp", "wb") as file:
+        torch.save(state(), file)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(folder / "state.tmp", folder / "state.pt")
+    return folder / "state.pt"
+
+
+def distributed(folder: Path, wait: bool = True) -> Any:
+    """torch's distributed checkpoint, by a single process; `wait`: until it is written."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that it is a single one, and that the last one is overwritten
+        written = dcp.async_save(dict(state()), checkpoint_id=folder / "state", no_dist=True)
+        if wait:
+            written.result()
+    return folder / "state" if wait else written
+
+
+def reading(read: Callable[[Path], Any]) -> Callable[[Case], InFolder]:
+    def make(case: Case) -> InFolder:
+        step = InFolder(lambda folder: read(folder / "state.pt"))
+        checkpoint.save(step.path / "state.pt", state())
+        return step
+
+    return make
+
+
+def check(case: Case, result: Any) -> None:
+    """What is read, or what was written, is what there was."""
+    found = result
+    if isinstance(result, Path) and result.is_dir():
+        found = checkpoint.copy_to_host(state())
+        for tensor in tensors(found):
+            tensor.zero_()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            dcp.load(found, checkpoint_id=result, no_dist=True)
+    elif isinstance(result, Path):
+        found = torch.load(result, weights_only=True)
+    found = {key: found[key] for key in state()}  # ours also has its format's number
+    assert all(torch.equal(a, b) for a, b in zip(tensors(found), tensors(state()), strict=True))
+    assert found["config"] == state()["config"] and found["step"] == state()["step"]
+
+
+def case(what: str, quick: bool = False) -> Case:
+    return Case("checkpoint", (("what", what),), bytes=SIZE, quick=quick)
+
+
+WRITE = (
+    Side("torch.save", lambda case: InFolder(plain), differs="neither atomic nor on the disk when it returns"),
+    Side("torch.save, fsync and rename", lambda case: InFolder(synced)),
+    Side("torch.distributed.checkpoint", lambda case: InFolder(distributed), differs="a folder in a format of its own"),
+    Side("fastssl", lambda case: InFolder(ours), role="ours", differs="the folder is synced too"),
+)
+READ = (
+    Side("torch.load", reading(functools.partial(torch.load, weights_only=True)), differs="checks no checksums"),
+    Side("fastssl", reading(checkpoint.load), role="ours"),
+)
+
+
+@pytest.mark.parametrize(("case", "side"), grid([case("write")], WRITE))
+def test_write(turns: Callable[..., None], case: Case, side: Side) -> None:
+    turns(case, side, check)
+
+
+@pytest.mark.parametrize(("case", "side"), grid([case("resume", quick=True)], READ))
+def test_resume(turns: Callable[..., None], case: Case, side: Side) -> None:
+    turns(case, side, check)
+
+
+class Later:
+    """Starts to write, and knows when it is written.
+
+    Args:
+        name: of the side.
+        folder: to write to.
+    """
+
+    def __init__(self, name: str, folder: Path) -> None:
+        self.name, self.folder, self.checkpoints = name, folder, checkpoint.CheckpointFolder(folder)
+        self.writing: Any = None
+
+    def start(self) -> None:
+        """For this the training waits."""
+        if self.name == "fastssl":
+            self.checkpoints.save_later(state())
+        elif self.name == "torch.distributed.checkpoint.async_save":
+            self.writing = distributed(self.folder, wait=False)
+        else:
+            plain(self.folder)
+
+    def finish(self) -> Path:
+        """Wait for the rest; returns what was written."""
+        if self.name == "fastssl":
+            path = self.checkpoints.finish()
+            assert path is not None
+            return path
+        if self.writing is None:
+            return self.folder / "state.pt"
+        self.writing.result()
+        return self.folder / "state"
+
+
+def waiting(name: str) -> Callable[[Case], Any]:
+    return lambda case: name
+
+
+LATER = (
+    Side("torch.save", waiting("torch.save"), differs="neither atomic nor on the disk when it returns"),
+    Side("torch.distributed.checkpoint.async_save", waiting("torch.distributed.checkpoint.async_save"),
+         differs="a folder in a format of its own"),
+    Side("fastssl", waiting("fastssl"), role="ours"),
+)  # fmt: skip
+
+
+@pytest.mark.parametrize(("case", "side"), grid([case("write, time the training waits")], LATER))
+def test_wait(request: pytest.FixtureRequest, benchmark: BenchmarkFixture, case: Case, side: Side) -> None:
+    """Not in turns: between two samples there is something to wait for that is not counted."""
+    measured = Measured(side)
+    with tempfile.TemporaryDirectory() as folder:
+        later = Later(side.name, Path(folder))
+        later.start()
+        check(case, later.finish())
+        for _ in range(QUICK_ROUNDS if request.config.getoption("--quick") else ROUNDS):
+            start = time.perf_counter()
+            later.start()
+            measured.samples.append(time.perf_counter() - start)
+            later.finish()
+    report(benchmark, case, measured)
+
+
+def test_size_of_the_state() -> None:
+    assert sum(tensor.nbytes for tensor in tensors(state())) == SIZE
