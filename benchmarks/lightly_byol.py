@@ -65,7 +65,7 @@ class LightlyBYOLStep:
         self.config, self.total_steps, self.device, self.number = config, total_steps, device, 0
         self.order = torch.channels_last if tuned else torch.contiguous_format
         self.dtype = autocast_dtype("auto", device) if tuned else None
-        self.model = LightlyBYOL(method, config).to(device=device, memory_format=self.order)
+        self.model = LightlyBYOL(method, config).to(device).to(memory_format=self.order)
         self.criterion = NegativeCosineSimilarity()
         model = self.model
         decayed, others = get_weight_decay_parameters([model.backbone, model.projection_head, model.prediction_head])

@@ -21,7 +21,7 @@ from lightly.loss import NTXentLoss
 from lightly.models.modules import MoCoProjectionHead
 from lightly.models.modules.heads import ProjectionHead
 from lightly.models.utils import batch_shuffle, batch_unshuffle, deactivate_requires_grad, update_momentum
-from lightly.transforms import MoCoV2Transform
+from lightly.transforms.moco_transform import MoCoV2Transform
 from PIL import Image
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
@@ -95,7 +95,7 @@ class LightlyStep:
         self.criterion.memory_bank.bank.copy_(method.queue.keys)
         self.order = torch.channels_last if tuned else torch.contiguous_format
         self.dtype = autocast_dtype("auto", device) if tuned else None
-        self.model = LightlyMoCo(method, config).to(device=device, memory_format=self.order)
+        self.model = LightlyMoCo(method, config).to(device).to(memory_format=self.order)
         self.optimizer = torch.optim.SGD(
             self.model.parameters(), config.lr, config.optimizer_momentum, weight_decay=config.weight_decay
         )
@@ -143,7 +143,7 @@ def lightly_transform(augmentation: aug.Augmentation) -> MoCoV2Transform:
         ValueError: the recipe does what MoCoV2Transform does not, or the same in another order.
     """
     view = augmentation.views[0]
-    steps: dict[type, Any] = {type(step): step for step in view.steps}
+    steps: dict[Any, Any] = {type(step): step for step in view.steps}
     order = [IN_MOCO_V2_TRANSFORM.index(kind) for kind in steps if kind in IN_MOCO_V2_TRANSFORM]
     # A flip may come anywhere: nothing else prefers a side.
     flip = IN_MOCO_V2_TRANSFORM.index(aug.HorizontalFlip)

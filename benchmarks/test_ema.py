@@ -3,6 +3,8 @@
 Every side makes the same update of the parameters once, from the same numbers, and is compared with the formula.
 """
 
+import copy
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -24,12 +26,17 @@ NETWORKS = {
 }
 
 
-def network(case: Case, seed: int) -> nn.Module:
+@functools.lru_cache(maxsize=2)
+def made(name: str, seed: int) -> nn.Module:
     torch.manual_seed(seed)
-    module: nn.Module = NETWORKS[case["tensors"]]()
+    module: nn.Module = NETWORKS[name]()
     for parameter in module.parameters():
         parameter.data.add_(torch.randn_like(parameter), alpha=0.01)  # some begin as zeros
-    return module.to(case.device)
+    return module
+
+
+def network(case: Case, seed: int) -> nn.Module:
+    return copy.deepcopy(made(case["tensors"], seed)).to(case.device)
 
 
 def pair(case: Case) -> tuple[nn.Module, nn.Module]:
@@ -137,10 +144,16 @@ def triad_in_place(case: Case) -> Callable[[], Any]:
     return lambda: a.add_(b, alpha=1e-9)
 
 
-def check(case: Case, targets: list[Tensor]) -> None:
+@functools.lru_cache(maxsize=1)
+def expected(case: Case) -> list[Tensor]:
     old, new = map(values, pair(case))
-    for target, t, s in zip(targets, old, new, strict=True):
-        torch.testing.assert_close(target.detach().double(), M * t.double() + (1 - M) * s.double(), rtol=0, atol=1e-6)
+    return [M * t.double() + (1 - M) * s.double() for t, s in zip(old, new, strict=True)]
+
+
+def check(case: Case, targets: list[Tensor]) -> None:
+    rounding = 1e-6 if same_dtype(case) else 1e-5
+    for target, right in zip(targets, expected(case), strict=True):
+        torch.testing.assert_close(target.detach().double(), right, rtol=0, atol=rounding)
 
 
 def make_case(device: str, name: str, sources: str = "float32") -> Case:
@@ -151,9 +164,9 @@ def make_case(device: str, name: str, sources: str = "float32") -> Case:
     return Case("ema_update_", axes, device, flops=3 * count, bytes=moved, quick=name == "ResNet-18")
 
 
-CASES = [make_case(device, name) for device in DEVICES for name in NETWORKS] + [
-    make_case(device, "ResNet-50", "bfloat16") for device in DEVICES
-]
+CASES = [
+    make_case(device, name) for device in DEVICES for name in NETWORKS if device == "cuda" or "ViT" not in name
+] + [make_case(device, "ResNet-50", "bfloat16") for device in DEVICES]
 
 
 def same_dtype(case: Case) -> bool:
@@ -161,7 +174,7 @@ def same_dtype(case: Case) -> bool:
 
 
 SIDES = (
-    Side("authors' loop", of_modules(authors)),
+    Side("authors' loop", of_modules(authors), differs="rounds (1-m)·q to bfloat16 if q is"),
     Side("torch._foreach_lerp_", of_lists(foreach), when=same_dtype),
     Side("cast, torch._foreach_lerp_", of_lists(cast_and_lerp), when=lambda c: not same_dtype(c)),
     Side("torch swa_utils", averaged_model, when=same_dtype),

@@ -13,8 +13,9 @@ from torch import Tensor
 from fastssl.errors import FastsslError
 from fastssl.ops import backend, deal, library, reference
 
-# Permutations are drawn and sizes compared on the host: torch.compile leaves these functions as they are.
-_on_the_host = torch.compiler.disable
+# Permutations are drawn and sizes compared on the host: torch.compile leaves these functions as they are. This is
+# torch.compiler.disable, but it imports the compiler at the first call: over a second, which every op would wait for.
+_on_the_host = torch._compile._disable_dynamo
 
 
 @dataclass(frozen=True, eq=False)

@@ -120,7 +120,7 @@ def check_another_order_of_ranks(rank: int) -> None:
                     check_shuffle(members.index(rank), len(members), group)
         else:
             with pytest.raises(FastsslError, match="not in the group"):
-                shuffle_batch(torch.zeros(2, 1), generator=torch.Generator(), group=group)
+                shuffle_batch(torch.zeros(2, 1), generator=torch.Generator(), group=group)  # type: ignore[arg-type]
 
 
 def check_waiting() -> None:

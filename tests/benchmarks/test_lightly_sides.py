@@ -1,0 +1,84 @@
+"""What the benchmarks of training steps rely on: processes of their own, bare passes, endless batches."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from benchmarks.lightly_sides import Apart, BareStep, endless, training
+from fastssl.engine.build import build_method
+from fastssl.engine.optimizers import make_optimizer
+from fastssl.engine.step import TrainingStep
+from fastssl.train import parse
+
+CPU = torch.device("cpu")
+SMALL = ["--backbone=small_resnet16", "--batch_size=16", "--precision=float32"]
+
+
+class Counter:
+    """Lives in another process."""
+
+    def __init__(self, start: int) -> None:
+        self.value = start
+
+    def add(self, more: int) -> int:
+        self.value += more
+        return self.value
+
+    def fail(self) -> None:
+        raise SystemExit("meant")
+
+
+def test_apart_keeps_what_it_made() -> None:
+    with Apart(Counter, 3) as counter:
+        assert counter("add", 1) == 4
+        assert counter("add", 2) == 6
+
+
+def test_a_failure_apart_is_told() -> None:
+    with Apart(Counter, 3) as counter, pytest.raises(EOFError):
+        counter("fail")
+
+
+def test_endless_batches_close_the_epoch_under_way() -> None:
+    closed: list[int] = []
+
+    def batches(epoch: int) -> Iterator[list[Tensor]]:
+        try:
+            yield [torch.tensor(epoch)]
+            yield [torch.tensor(epoch)]
+        finally:
+            closed.append(epoch)
+
+    stream = endless(batches)
+    assert [int(next(stream)[0]) for _ in range(3)] == [0, 0, 1]
+    stream.close()
+    assert closed == [0, 1]
+
+
+@pytest.mark.parametrize(("method", "passes"), [("moco", 1), ("byol", 2)])
+def test_bare_passes(method: str, passes: int) -> None:
+    config, _ = parse([method, f"--recipe=demo_{method}", "--gpus=0", *SMALL])
+    built: Any = build_method(config, 10).train()
+    step = TrainingStep(config, built, make_optimizer(built, config), CPU, None)
+    bare = BareStep(step)
+    seen: list[bool] = []  # whether a pass was one with gradient
+    for network in (bare.online, bare.target):
+        network.register_forward_hook(lambda *_: seen.append(torch.is_grad_enabled()))
+    before = [p.clone() for p in built.parameters()]
+    bare([torch.randn(4, 3, 32, 32) for _ in "qk"], 0.1)
+    assert sorted(seen) == [False] * passes + [True] * passes
+    assert all(p.grad is not None for p in built.backbone.parameters())
+    assert all(torch.equal(a, b) for a, b in zip(before, built.parameters(), strict=True))
+
+
+@pytest.mark.parametrize("method", ["moco", "byol"])
+def test_lightly_begins_with_our_loss(method: str) -> None:
+    pytest.importorskip("lightly", reason="lightly is not installed: pip install 'fastssl[bench]'")
+    losses = []
+    for name in ("lightly", "fastssl"):
+        with Apart(training, name, method, SMALL) as side:
+            losses.append(side("run", "compute", 1))
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
