@@ -23,7 +23,7 @@ def keep(found: Path, folder: Path) -> Path:
         row["stats"].pop("data", None)
     path = folder / f"{run['machine_info']['fastssl']['slug']}-{run['datetime'][:10]}.json"
     folder.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(run, indent=1, sort_keys=True, ensure_ascii=False) + "\n")
+    path.write_text(json.dumps(run, indent=1, ensure_ascii=False) + "\n")
     return path
 
 

@@ -191,12 +191,14 @@ def growth_section(run: Run) -> list[str]:
 
 def skipped_section(run: Run) -> list[str]:
     """Who did not run, and why."""
-    counts = Counter((entry.side, entry.reason, entry.op, entry.device) for entry in run.skipped)
-    groups: dict[tuple[str, str], list[str]] = {}
-    for (side, reason, op, device), count in counts.items():
-        where = f"{op}, {device}" if len(devices(run)) > 1 else op
-        groups.setdefault((side, reason), []).append(f"{count} × {where}")
-    lines = [f"- {clean(side)}: {clean(reason)} ({clean(', '.join(ops))})" for (side, reason), ops in groups.items()]
+    lines = []
+    for reason in dict.fromkeys(entry.reason for entry in run.skipped):
+        counts = Counter((entry.op, entry.side) for entry in run.skipped if entry.reason == reason)
+        where = "; ".join(
+            f"{op} ({', '.join(f'{side} × {count}' for (other, side), count in counts.items() if other == op)})"
+            for op in dict.fromkeys(op for op, _ in counts)
+        )
+        lines.append(f"- {clean(reason)}, {counts.total()}: {clean(where)}")
     return [*lines, ""] if lines else ["Nothing.", ""]
 
 

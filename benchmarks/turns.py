@@ -17,7 +17,7 @@ from pytest_benchmark.fixture import BenchmarkFixture
 from benchmarks.clocks import CLOCKS, Graph, peak_memory
 from benchmarks.sides import Case, Side
 
-SAMPLE = 2e-3  # seconds that a sample takes at least; shorter calls are repeated
+SAMPLE = 5e-3  # seconds that a sample takes at least; shorter calls are repeated
 MOST_CALLS = 1000  # of a sample
 ROUNDS = (7, 60)  # at least, at most
 SECONDS = 1.5  # that a side is timed, if that makes enough rounds

@@ -109,7 +109,7 @@ def test_bars_growth_and_skips(tmp_path: Path) -> None:
         "info_nce", "N", "D=128, K=65,536, float32", "fastssl", "time", "256 to 4,096, 3 points", "1.00", "1",
     ]  # fmt: skip
     skips = [line for line in section(text, "Skipped").splitlines() if line]
-    assert skips == ["- lightly: not installed (2 × info_nce)", "- x: no GPU (1 × info_nce)"]
+    assert skips == ["- not installed, 2: info_nce (lightly × 2)", "- no GPU, 1: info_nce (x × 1)"]
 
 
 def test_an_exponent_that_is_off_is_bold(tmp_path: Path) -> None:

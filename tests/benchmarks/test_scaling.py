@@ -93,7 +93,7 @@ def test_series_are_in_order(tmp_path: Path) -> None:
         (("info_nce in-batch", "N", "time", "ours"), 2),
         (("info_nce in-batch", "N", "memory", "ours"), 1),
         (("info_nce in-batch", "N", "memory", "authors, eager"), 2),
-        (("ema_update_", "parameters", "time", "ours"), 1),
+        (("shuffle_batch", "ranks", "time", "authors"), 2),
         (("KeyQueue", "K", "time", "ours"), 0),
     ],
 )
