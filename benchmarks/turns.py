@@ -8,6 +8,7 @@ pytest-benchmark, which knows one test at a time, is then told the samples of ea
 import gc
 import math
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import pytest
@@ -20,7 +21,7 @@ from benchmarks.sides import Case, Side
 SAMPLE = 5e-3  # seconds that a sample takes at least; shorter calls are repeated
 MOST_CALLS = 1000  # of a sample
 ROUNDS = (7, 60)  # at least, at most
-SECONDS = 1.5  # that a side is timed, if that makes enough rounds
+SECONDS, ALONE = 1.5, 3  # that a side is timed if that makes enough rounds; alone, so many times as long
 SLOW, SLOW_ROUNDS = 3.0, 5  # seconds of a round, and how many must do then
 QUICK_ROUNDS, QUICK_SECONDS = (3, 10), 0.1
 Check = Callable[[Case, Any], None]
@@ -74,6 +75,19 @@ class Measured:
         self.calls = min(MOST_CALLS, math.ceil(SAMPLE / max(seconds, 1e-9)))
         return seconds * self.calls
 
+    def sample(self, case: Case) -> None:
+        """Time the call, as often as a sample needs it."""
+        assert self.step is not None
+        self.samples.append(CLOCKS[case.device](self.step, self.calls) / self.calls)
+
+    @contextmanager
+    def blamed(self) -> Iterator[None]:
+        """What fails, or skips, is this side's affair: raised in its own test, and the others go on."""
+        try:
+            yield
+        except (Exception, pytest.skip.Exception) as failure:
+            self.failure = self.failure or failure
+
     def close(self) -> None:
         """Let go of all that the call holds."""
         close = getattr(self.step, "close", None)
@@ -104,34 +118,33 @@ class Turns:
         test = _test(node)
         if (test, case, side.name) not in self._measured:
             together = [side] if alone else self._sides[test, case]
-            for measured in self._run(case, together, check, memory=not alone):
+            for measured in self._run(case, together, check, alone):
                 self._measured[test, case, measured.side.name] = measured
         return self._measured[test, case, side.name]
 
-    def _run(self, case: Case, sides: list[Side], check: Check | None, memory: bool) -> Iterator[Measured]:
+    def _run(self, case: Case, sides: list[Side], check: Check | None, alone: bool) -> Iterator[Measured]:
         everybody, ready, seconds = [Measured(side) for side in sides], list[Measured](), 0.0
         try:
             for one in everybody:
-                try:
-                    seconds += one.prepare(case, check, memory)
+                with one.blamed():
+                    seconds += one.prepare(case, check, memory=not alone)
                     ready.append(one)
-                except (Exception, pytest.skip.Exception) as failure:
-                    one.failure = failure  # of this side: raised in its own test
             least, most = self._rounds
             if seconds > SLOW:
                 least = min(least, SLOW_ROUNDS)
-            rounds = min(most, max(least, round(self._seconds * len(ready) / seconds))) if ready else 0
-            clock = CLOCKS[case.device]
+            wanted = self._seconds * (ALONE if alone else len(ready))
             gc.collect()
             gc.disable()  # a collection would be counted to whom it happens
-            for _ in range(rounds):
+            for _ in range(min(most, max(least, round(wanted / seconds))) if ready else 0):
                 for one in ready:
-                    assert one.step is not None
-                    one.samples.append(clock(one.step, one.calls) / one.calls)
+                    with one.blamed():
+                        one.sample(case)
+                ready = [one for one in ready if one.failure is None]
         finally:
             gc.enable()
             for one in everybody:
-                one.close()
+                with one.blamed():
+                    one.close()
         yield from everybody
 
 
