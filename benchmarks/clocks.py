@@ -54,6 +54,24 @@ class Graph:
         with torch.cuda.graph(self._graph):
             self._result = step()
 
+    def prove(self, check: Callable[[Any], None] | None) -> None:
+        """Assert that a replay computes.
+
+        Args:
+            check: of a result that is the same at every call, looked at after its memory was overwritten; None for
+                calls that change their arguments, whose result must change.
+        """
+        results = [x for x in (self._result if isinstance(self._result, tuple | list) else [self._result])]
+        before = [x.clone() for x in results]
+        if check is not None:
+            for x in results:
+                x.fill_(float("nan"))
+        self()
+        if check is not None:
+            check(self._result)
+        else:
+            assert not all(map(torch.equal, results, before)), "the replay of the graph changed nothing"
+
     def __call__(self) -> Any:
         """Replay; the result is in the same memory each time."""
         self._graph.replay()

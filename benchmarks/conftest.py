@@ -5,6 +5,7 @@ import platform
 import re
 from collections.abc import Callable, Iterator
 from importlib import metadata
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,11 +13,11 @@ import torch
 from pytest_benchmark.fixture import BenchmarkFixture
 
 from benchmarks.sides import Case, Side
-from benchmarks.turns import TOLD, Check, Turns, report
+from benchmarks.turns import TOLD, Check, Turns, parameters_of, report
 
 PACKAGES = (
     "torch", "triton", "torchvision", "fastssl", "info-nce-pytorch", "lightly", "pytorch-metric-learning", "inf-cl",
-    "timm", "nvidia-dali-cuda120", "nvidia-dali-cuda130",
+    "memeff", "timm", "nvidia-dali-cuda120", "nvidia-dali-cuda130",
 )  # fmt: skip
 _turns = pytest.StashKey[Turns]()
 _skipped = pytest.StashKey[list[dict[str, Any]]]()
@@ -33,11 +34,12 @@ def pytest_configure(config: pytest.Config) -> None:
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Times are told, not taken, by pytest-benchmark; with --quick only what is marked so is left."""
-    for item in items:
+    ours = [item for item in items if Path(__file__).parent in item.path.parents]
+    for item in ours:
         item.add_marker(pytest.mark.benchmark(timer=TOLD))
     if config.getoption("--quick"):
-        left_out = [item for item in items if item.get_closest_marker("quick") is None]
-        items[:] = [item for item in items if item.get_closest_marker("quick") is not None]
+        left_out = [item for item in ours if item.get_closest_marker("quick") is None]
+        items[:] = [item for item in items if item not in left_out]
         config.hook.pytest_deselected(items=left_out)
 
 
@@ -63,7 +65,7 @@ def pytest_runtest_makereport(item: pytest.Item) -> Iterator[None]:
     """Remember who was skipped, and why: the result file has only what ran."""
     outcome = yield
     result = outcome.get_result()  # type: ignore[attr-defined]
-    parameters = item.callspec.params if isinstance(item, pytest.Function) and hasattr(item, "callspec") else {}
+    parameters = parameters_of(item)
     if result.skipped and "case" in parameters and "side" in parameters:
         case, reason = parameters["case"], str(result.longrepr[2]).removeprefix("Skipped: ")
         item.config.stash[_skipped].append(

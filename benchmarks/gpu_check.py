@@ -29,6 +29,8 @@ from benchmarks.gpu_parts import ROOT, Command, Part, cleaned, run_parts
 RESULTS = ROOT / "benchmarks" / "results" / "gpu"
 PARTS = ("tests", "bench", "report", "predictions", "trace-moco", "trace-byol")
 MINUTES = 8.0  # of each part
+ON_CPU = ("test_checkpoint", "test_shuffle", "test_startup")  # suites without a case for CUDA
+SPLIT = {"test_info_nce": ("_queue", "_in_batch")}  # by the names of its tests: each has time of its own
 DESCRIBE_SECONDS = 180.0  # to import torch and ask the driver
 STACKS = 120  # seconds after which pytest prints where a test hangs
 
@@ -44,19 +46,20 @@ def make_parts(folder: Path, names: Sequence[str], quick: bool) -> list[Part]:
     run = (sys.executable, "-m")
     bench, predictions = folder / "bench.json", folder / "predictions.md"
     tests = [file for file in sorted((ROOT / "tests").rglob("test_*.py")) if b"mark.gpu" in file.read_bytes()]
-    suites = sorted((ROOT / "benchmarks").glob("test_*.py"))
+    suites = [file for file in sorted((ROOT / "benchmarks").glob("test_*.py")) if file.stem not in ON_CPU]
+    runs = [(f"{file.stem}{case}", file, case) for file in suites for case in SPLIT.get(file.stem, ("",))]
     parts = [
         Part("tests", tuple(pytest(folder, "tests", file, "-m", "gpu") for file in tests), files=("tests-*.log",)),
         Part(
             "bench",
             tuple(
                 pytest(
-                    folder, "bench", file, "--benchmark-only", "-k", "cuda", *["--quick"] * quick,
-                    f"--benchmark-json={folder / f'bench-{file.stem}.json'}",
+                    folder, "bench", file, "--benchmark-only", "-k", f"cuda and {case or 'test'}", *["--quick"] * quick,
+                    f"--benchmark-json={folder / f'bench-{name}.json'}", case=case,
                 )
-                for file in suites
+                for name, file, case in runs
             ),
-            after=lambda: merge([folder / f"bench-{file.stem}.json" for file in suites], bench),
+            after=lambda: merge([folder / f"bench-{name}.json" for name, _, _ in runs], bench),
             files=("bench.json", "bench-*.log"),
         ),
         Part(
@@ -78,9 +81,9 @@ def make_parts(folder: Path, names: Sequence[str], quick: bool) -> list[Part]:
     return [part for part in parts if part.name in names]
 
 
-def pytest(folder: Path, part: str, file: Path, *options: str) -> Command:
-    """One file of tests or benchmarks."""
-    name = "-".join([part, *file.relative_to(ROOT).parts[1:-1], file.stem])
+def pytest(folder: Path, part: str, file: Path, *options: str, case: str = "") -> Command:
+    """One file of tests or benchmarks, or what `case` is called in it."""
+    name = "-".join([part, *file.relative_to(ROOT).parts[1:-1], f"{file.stem}{case}"])
     xml = folder / f"{name}.xml"
     common = ("-v", "-p", "no:cacheprovider", "-o", f"faulthandler_timeout={STACKS}", f"--junitxml={xml}")
     return Command(name, (sys.executable, "-m", "pytest", *common, *options, str(file)), junit=xml)

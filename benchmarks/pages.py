@@ -10,7 +10,6 @@ from benchmarks.plots import roofs
 from benchmarks.results import Comparison, Row, Run, devices, digits, duels, duration, matches, said, size
 from benchmarks.scaling import Growth, growth
 
-HEADLINES = 14  # rows of the README's table
 OFF = 0.25  # a fitted exponent that is further from the expected one is marked
 Link = Callable[[str], str]  # of a plot's name
 
@@ -260,8 +259,7 @@ def body(run: Run, name: str, pictures: Iterable[str], link: Link, level: int) -
 def headlines(run: Run) -> list[Comparison]:
     """The comparisons of the README, in the order of the run.
 
-    The worst of every op comes first where not all fit, so that no choice can hide a loss; then the cases that a bar is
-    about, on any device.
+    The worst of every op, so that no choice can hide a loss, and the cases that a bar is about, on any device.
     """
     rated = [c for c in run.comparisons if c.ratio is not None]
     worst: dict[str, Comparison] = {}
@@ -270,8 +268,7 @@ def headlines(run: Run) -> list[Comparison]:
     barred = [
         c for c in rated if any(bar.op == c.op and matches(c.case, {**bar.case, **bar.under_case}) for bar in BARS)
     ]
-    chosen = list({id(c): c for c in [*worst.values(), *barred]}.values())[:HEADLINES]
-    return [c for c in rated if any(c is one for one in chosen)]
+    return [c for c in rated if any(c is one for one in [*worst.values(), *barred])]
 
 
 def readme_block(run: Run, source: str, text: str, command: str) -> list[str]:
@@ -291,11 +288,12 @@ def readme_block(run: Run, source: str, text: str, command: str) -> list[str]:
                     "peak memory": f"{size(ours.peak_bytes)}, peer {size(peer.peak_bytes)}",
                 }
             )
-    found = duels(run)
+    found, verdicts = duels(run), evaluate(run)
     lost = sum(ratio < 1 for ratio, *_ in found)
     line = (
         f"Measured on {run.machine.device}, {run.date}, with `{command}` ([results]({source}), [all of them as tables]"
         f"({text})): of every op the case with the lowest ratio, and those of the bars. Ratio: time of the fastest "
-        f"peer ÷ ours; a peer is faster in {lost} of {len(found)} comparisons."
+        f"peer ÷ ours; a peer is faster in {lost} of {len(found)} comparisons. Of what was promised, "
+        f"{sum(bool(v.held) for v in verdicts)} of {len(verdicts)} bars are kept."
     )
     return [*quick_warning(run), *table(rows), line, ""]

@@ -3,6 +3,7 @@
 A peer is used as its own documentation says. `pip install 'fastssl[bench]'` brings those that PyPI has.
 """
 
+from importlib import import_module
 from types import ModuleType
 
 import pytest
@@ -14,15 +15,13 @@ MISSING = "{} is not installed: pip install 'fastssl[bench]'"
 
 def peer(module: str, package: str | None = None) -> ModuleType:
     """The module, or skip: `package` is not installed."""
-    found: ModuleType = pytest.importorskip(module, reason=MISSING.format(package or module))
-    return found
-
-
-def memeff() -> ModuleType:
-    """MemoryEfficientCLIP, which is a repository without a package: a clone beside what runs, under that name."""
-    reason = "MemoryEfficientCLIP is not there: clone its repository, it is not on PyPI"
-    found: ModuleType = pytest.importorskip("MemoryEfficientCLIP", reason=reason)
-    return found
+    try:
+        return import_module(module)
+    except ModuleNotFoundError as error:
+        missing = error.name == module.partition(".")[0]
+        pytest.skip(MISSING.format(package or module) if missing else f"{module} cannot be imported: {error}")
+    except ImportError as error:
+        pytest.skip(f"{module} cannot be imported: {error}")
 
 
 def apex() -> ModuleType:
@@ -30,5 +29,4 @@ def apex() -> ModuleType:
     reason = "NVIDIA's apex with its CUDA extensions is not installed (PyPI's apex is another package)"
     if not apex_has("multi_tensor_apply"):
         pytest.skip(reason)
-    found: ModuleType = pytest.importorskip("amp_C", reason=reason)
-    return found
+    return peer("amp_C", "NVIDIA's apex with CUDA extensions")

@@ -89,12 +89,12 @@ class Comparison:
     def peer_of(self, mine: Row) -> Row | None:
         """The fastest peer that the side of ours is compared with.
 
-        CUDA graphs are compared with graphs where there are any. A peer's graph counts against the plain side only
+        CUDA graphs are compared with CUDA graphs, or with nobody. A peer's graph counts against the plain side only
         where we have no graph of our own: it would go uncompared otherwise.
         """
         peers = [row for row in self.rows if row.role == "peer"]
         if mine.graph or any(row.graph for row in self.rows if row.role == "ours"):
-            peers = [row for row in peers if row.graph == mine.graph] or peers
+            peers = [row for row in peers if row.graph == mine.graph]
         return min(peers, key=lambda row: row.median, default=None)
 
     @property

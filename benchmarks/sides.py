@@ -67,6 +67,7 @@ class Side:
         differs: what it computes otherwise than the rest.
         agrees: its result is compared with the expected one.
         graph: timed as the replay of a CUDA graph.
+        pure: a call changes nothing that the next one reads.
         when: for which cases it is asked for at all, for sides that take minutes at some.
     """
 
@@ -76,6 +77,7 @@ class Side:
     differs: str = ""
     agrees: bool = True
     graph: bool = False
+    pure: bool = True
     when: Callable[[Case], bool] = lambda case: True
 
     def __str__(self) -> str:

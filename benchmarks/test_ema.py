@@ -140,7 +140,6 @@ def triad_in_place(case: Case) -> Callable[[], Any]:
     """a ← a + s·b, which reads and writes what an update does."""
     count = sum(p.numel() for p in values(network(case, 0)))
     a, b = torch.randn(2, count, device=case.device).unbind()
-    b = b.to(getattr(torch, case["sources"]))
     return lambda: a.add_(b, alpha=1e-9)
 
 
@@ -175,15 +174,15 @@ def same_dtype(case: Case) -> bool:
 
 SIDES = (
     Side("authors' loop", of_modules(authors), differs="rounds (1-m)·q to bfloat16 if q is"),
-    Side("torch._foreach_lerp_", of_lists(foreach), when=same_dtype),
+    Side("torch._foreach_lerp_", of_lists(foreach), when=same_dtype, pure=False),
     Side("cast, torch._foreach_lerp_", of_lists(cast_and_lerp), when=lambda c: not same_dtype(c)),
     Side("torch swa_utils", averaged_model, when=same_dtype),
     Side("timm ModelEmaV3", timm, when=same_dtype),
     Side("lightly", lightly, when=same_dtype),
     Side("NVIDIA apex", apex, differs="looks for values that are not finite as well"),
     Side("triad", triad, role="bound", agrees=False, when=same_dtype),
-    Side("triad in place", triad_in_place, role="bound", agrees=False),
-    Side("fastssl", of_lists(lambda targets, sources: ema_update_(targets, sources, M)), role="ours"),
+    Side("triad in place", triad_in_place, role="bound", agrees=False, when=same_dtype),
+    Side("fastssl", of_lists(lambda targets, sources: ema_update_(targets, sources, M)), role="ours", pure=False),
 )
 
 

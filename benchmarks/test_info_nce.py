@@ -93,7 +93,13 @@ def metric_learning(case: Case) -> Callable[[], Any]:
     memory.has_been_filled = True
     labels = torch.arange(n, device=case.device).repeat(2)
     new = torch.arange(2 * n, device=case.device) >= n  # the keys are stored, the queries compared
-    return backward_of(lambda q, key: memory(torch.cat([q, key]), labels, enqueue_mask=new), [query, key])
+
+    def loss(query: Tensor, key: Tensor) -> Tensor:
+        memory.queue_idx = 0  # the same rows are replaced each time: else they would hold ever more positives
+        value: Tensor = memory(torch.cat([query, key]), labels, enqueue_mask=new)
+        return value
+
+    return backward_of(loss, [query, key])
 
 
 def metric_learning_in_batch(case: Case) -> Callable[[], Any]:
@@ -120,7 +126,8 @@ def inf_cl(case: Case) -> Callable[[], Any]:
 
 
 def memeff(case: Case) -> Callable[[], Any]:
-    loss = peers.memeff().MemoryEfficientCLIPLoss(temperature=TEMPERATURE)
+    # A margin of 2 drops no negative; `stable` would scale the gradients.
+    loss = peers.peer("memeff").MemoryEfficientQwen3Loss(temperature=TEMPERATURE, margin=2.0, stable=False)
     return backward_of(loss, inputs(case))
 
 
@@ -141,7 +148,7 @@ def expected(case: Case) -> tuple[Tensor, ...]:
 
 def check(case: Case, result: tuple[Tensor, ...]) -> None:
     """Loss and gradients; half precision within its rounding."""
-    tolerance = 1e-4 if case["dtype"] == "float32" and case.device == "cpu" else 3e-2
+    tolerance = {"bfloat16": 3e-2, "float32": 1e-3 if case.device == "cuda" else 1e-4}[case["dtype"]]
     for one, right in zip(result, expected(case), strict=True):
         torch.testing.assert_close(one.float(), right, rtol=tolerance, atol=tolerance * float(right.abs().max()))
 
@@ -151,13 +158,18 @@ def is_base(case: Case) -> bool:
     return case["dtype"] == "float32" and (case["N"], case["D"]) == (N, D) and case["K"] in (4096, K)
 
 
+def is_mocos(case: Case) -> bool:
+    """Compiling takes many seconds a shape."""
+    return (case["N"], case["D"], case["K"]) == (N, D, K) and (case.device == "cuda" or case["dtype"] == "float32")
+
+
 def is_small(case: Case) -> bool:
     """pytorch-metric-learning compares every positive pair with every negative one: N times the memory of others."""
     return (case["N"], case["K"], case["dtype"]) == (32, 4096, "float32")
 
 
 def is_base_in_batch(case: Case) -> bool:
-    return case["N"] == 4096 or case.device == "cuda"
+    return bool(case["N"] == 4096)
 
 
 def queue_case(device: str, n: int = N, d: int = D, k: int = K, dtype: str = "float32") -> Case:
@@ -206,7 +218,7 @@ ENQUEUES = "also enqueues the keys, into a copy of the bank, whose rows it takes
 MASKS = "the keys are enqueued first and are each other's negatives too; finds its pairs by labels, as for any loss"
 QUEUE_SIDES = (
     Side("authors, eager", plain(authors)),
-    Side("torch.compile", compiled(authors), when=lambda c: c.device == "cuda" or (is_base(c) and c["K"] == K)),
+    Side("torch.compile", compiled(authors), when=is_mocos),
     Side("info-nce-pytorch", package, differs="normalises the queue as well", when=is_base),
     Side("lightly", lightly, differs=ENQUEUES, when=is_base),
     Side("pytorch-metric-learning", metric_learning, differs=MASKS, agrees=False, when=is_small),
@@ -219,11 +231,10 @@ IN_BATCH_SIDES = (
     Side("info-nce-pytorch", package, when=is_base_in_batch),
     Side("pytorch-metric-learning", metric_learning_in_batch, when=lambda c: c["N"] == 256),
     Side("inf-cl", inf_cl, differs="computes in float32", when=lambda c: c.device == "cuda"),
-    Side("memeff", memeff, differs="both directions (CLIP's loss): twice the softmax, the same products",
-         agrees=False, when=lambda c: c.device == "cuda"),
+    Side("memeff", memeff, when=lambda c: c.device == "cuda"),
     Side("fastssl", plain(ours_in_batch), role="ours"),
 )  # fmt: skip
-GRAPHS = ("authors, eager", "fastssl")
+GRAPHS = ("authors, eager", "torch.compile", "fastssl")
 
 
 @pytest.mark.parametrize(("case", "side"), grid(chain.from_iterable(map(queue_cases, DEVICES)), QUEUE_SIDES, GRAPHS))
@@ -236,15 +247,3 @@ def test_queue(turns: Callable[..., None], case: Case, side: Side) -> None:
 )
 def test_in_batch(turns: Callable[..., None], case: Case, side: Side) -> None:
     turns(case, side, check)
-
-
-def test_what_metric_learning_computes() -> None:
-    """Its loss is the authors' formula with the batch's keys in the place of the queue's oldest rows."""
-    case = queue_case("cpu", n=8, d=16, k=32)
-    torch.manual_seed(0)
-    loss, *_ = metric_learning(case)()
-    query, key, queue = inputs(case)
-    query, key, queue = F.normalize(query), F.normalize(key), queue.clone()
-    queue[:8] = key
-    logits = query @ queue.T / TEMPERATURE  # the positive of row i is column i
-    torch.testing.assert_close(loss, F.cross_entropy(logits, torch.arange(8)).detach())

@@ -79,6 +79,6 @@ DTYPES = {"cpu": ("float32",), "cuda": ("float32", "bfloat16")}
 CASES = [make_case(device, n, dtype) for device in DEVICES for dtype in DTYPES[device] for n in (256, 1024, 4096)]
 
 
-@pytest.mark.parametrize(("case", "side"), grid(CASES, SIDES, graphs=("paper, eager", "fastssl")))
+@pytest.mark.parametrize(("case", "side"), grid(CASES, SIDES, graphs=("paper, eager", "torch.compile", "fastssl")))
 def test_loss(turns: Callable[..., None], case: Case, side: Side) -> None:
     turns(case, side, check)

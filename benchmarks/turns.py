@@ -7,8 +7,10 @@ pytest-benchmark, which knows one test at a time, is then told the samples of ea
 
 import gc
 import math
+import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import pytest
@@ -59,14 +61,17 @@ class Measured:
         if case.device == "cuda" and not torch.cuda.is_available():
             pytest.skip("needs a CUDA device")
         torch.manual_seed(0)
-        step = self.side.make(case)
-        self.step = Graph(step) if self.side.graph else step
+        self.step = self.side.make(case)
         result = self.step()  # the first call compiles, and brings code and threads into memory
         if check is not None and self.side.agrees:
             check(case, result)
         del result
+        if self.side.graph:
+            self.step = graph = Graph(self.step)
+            if self.side.agrees:
+                graph.prove(partial(check, case) if check is not None and self.side.pure else None)
         theirs = getattr(self.step, "peak_memory", None)  # of a process that this one cannot look into
-        if memory:
+        if memory and not self.side.graph:  # whose memory was taken when it was captured
             self.peak = theirs() if theirs else peak_memory(self.step, case.device)
         clock = CLOCKS[case.device]
         seconds = clock(self.step, 1)
@@ -85,8 +90,17 @@ class Measured:
         """What fails, or skips, is this side's affair: raised in its own test, and the others go on."""
         try:
             yield
+        except torch.cuda.OutOfMemoryError as failure:
+            # A peer that the device is too small for could not take part; that ours does not fit is a failure.
+            reason = f"does not fit into the memory of this device ({failure})"
+            self.fail(failure if self.side.role == "ours" else pytest.skip.Exception(reason))
         except (Exception, pytest.skip.Exception) as failure:
-            self.failure = self.failure or failure
+            self.fail(failure)
+
+    def fail(self, failure: BaseException) -> None:
+        """Keep the first failure, but not the tensors of the functions that it passed through."""
+        traceback.clear_frames(failure.__traceback__)
+        self.failure = self.failure or failure
 
     def close(self) -> None:
         """Let go of all that the call holds."""
@@ -107,7 +121,7 @@ class Turns:
     def __init__(self, items: list[pytest.Item], quick: bool) -> None:
         self._sides: dict[tuple[str, Case], list[Side]] = {}
         for item in items:
-            parameters = item.callspec.params if isinstance(item, pytest.Function) and hasattr(item, "callspec") else {}
+            parameters = parameters_of(item)
             if "case" in parameters and "side" in parameters:
                 self._sides.setdefault((_test(item), parameters["case"]), []).append(parameters["side"])
         self._measured: dict[tuple[str, Case, str], Measured] = {}
@@ -166,6 +180,11 @@ def report(benchmark: BenchmarkFixture, case: Case, measured: Measured) -> None:
         TOLD.now += next(samples)
 
     benchmark.pedantic(tell, rounds=len(measured.samples))
+
+
+def parameters_of(item: pytest.Item) -> dict[str, Any]:
+    """What a test was parametrized with."""
+    return getattr(getattr(item, "callspec", None), "params", {})
 
 
 def _test(item: pytest.Item) -> str:

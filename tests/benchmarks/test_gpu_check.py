@@ -74,7 +74,10 @@ def test_parts_are_in_order_and_as_asked(tmp_path: Path) -> None:
     by_name = {one.name: one for one in parts}
     assert all({"-m", "gpu"} < set(one.argv) and one.junit for one in by_name["tests"].commands)
     assert any(one.name == "tests-ops-test_ema" for one in by_name["tests"].commands)
-    assert all({"--benchmark-only", "-k", "cuda", "--quick"} < set(one.argv) for one in by_name["bench"].commands)
+    assert all({"--benchmark-only", "-k", "--quick"} < set(one.argv) for one in by_name["bench"].commands)
+    chosen = {one.name: one.argv[one.argv.index("-k") + 1] for one in by_name["bench"].commands}
+    assert chosen["bench-test_ema"] == "cuda and test" and "bench-test_startup" not in chosen
+    assert chosen["bench-test_info_nce_queue"] == "cuda and _queue"
     names = [one.name for group in parts for one in group.commands]
     assert len(names) == len(set(names))  # each has a log of its own
     [bench] = gpu_check.make_parts(tmp_path, ["bench"], quick=False)

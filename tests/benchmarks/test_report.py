@@ -155,11 +155,6 @@ def test_the_readme_hides_no_loss(tmp_path: Path) -> None:
     assert "a peer is faster in 3 of 45 comparisons." in lines[-2]
 
 
-def test_the_readme_stays_short(tmp_path: Path) -> None:
-    rows = [entry(side, 1.0, op=f"op {n}") for n in range(20) for side in ("fastssl", "peer")]
-    assert len(pages.headlines(run_of(tmp_path, *rows))) == pages.HEADLINES
-
-
 @pytest.fixture
 def files(tmp_path: Path) -> list[str]:
     """The command line for a README, a page and results in folders of their own."""
