@@ -23,7 +23,7 @@ class Change:
 
     before: Row
     after: Row
-    drift: float  # what the ratio is divided by: how much slower the yardsticks of the op were; 1 for absolute ratios
+    drift: float  # what the ratio is divided by: how much slower the yardsticks were; 1 for absolute ratios
     noise: float
 
     @property
@@ -93,22 +93,35 @@ def difference(before: Run, after: Run, noise: float = NOISE, absolute: bool = F
     """Compare every row that both runs have.
 
     Machines differ in speed from hour to hour, so each ratio is divided by the median ratio of the peers and bounds of
-    the same op and device, unless `absolute`. Without peers and bounds in both runs an op's ratios stay as they are.
+    the same case, which were measured in turns with it, unless `absolute`; where a case has none in both runs, by that
+    of the op on the device. Without any an op's ratios stay as they are.
     """
     old, new = {row.key: row for row in before.rows}, {row.key: row for row in after.rows}
     both = [(old[key], new[key]) for key in old if key in new]
-    ratios: dict[tuple[str, str], list[float]] = {}
+    of_ops: dict[tuple[str, str], list[float]] = {}
+    of_cases: dict[tuple[object, ...], list[float]] = {}
     for a, b in both:
-        if a.role != "ours":
-            ratios.setdefault((a.op, a.device), []).append(b.median / a.median)
-    drifts = {} if absolute else {key: statistics.median(found) for key, found in ratios.items()}
+        if a.role != "ours" and not absolute:
+            of_ops.setdefault((a.op, a.device), []).append(b.median / a.median)
+            of_cases.setdefault(case_of(a), []).append(b.median / a.median)
+    drifts = {key: statistics.median(found) for key, found in of_ops.items()}
+
+    def drift(row: Row) -> float:
+        here = of_cases.get(case_of(row))
+        return statistics.median(here) if here else drifts.get((row.op, row.device), 1.0)
+
     return Difference(
-        changes=tuple(Change(a, b, drifts.get((a.op, a.device), 1.0), noise_of(a, b, noise)) for a, b in both),
+        changes=tuple(Change(a, b, drift(a), noise_of(a, b, noise)) for a, b in both),
         drifts=drifts,
         only_before=tuple(row for key, row in old.items() if key not in new),
         only_after=tuple(row for key, row in new.items() if key not in old),
         warnings=tuple(warnings_of(before, after)),
     )
+
+
+def case_of(row: Row) -> tuple[object, ...]:
+    """What is measured in turns."""
+    return row.op, frozenset(row.case.items()), row.device
 
 
 def listed(title: str, changes: Sequence[Change]) -> Table:
@@ -132,7 +145,9 @@ def show(console: Console, found: Difference, absolute: bool) -> None:
     if absolute:
         console.print("Ratios are absolute: not divided by the drift of the machine.")
     else:
-        console.print("Ratios are divided by the drift: the median ratio of the peers and bounds of the same op.")
+        console.print(
+            "Ratios are divided by the drift: the median ratio of the peers and bounds of the case, else of the op:"
+        )
         for (op, device), drift in found.drifts.items():
             console.print(f"  {escape(op)}, {device}: {drift:.2f}")
         ops = dict.fromkeys((change.before.op, change.before.device) for change in found.changes)

@@ -50,6 +50,16 @@ def test_the_drift_of_the_op_is_taken_out(tmp_path: Path) -> None:
     assert absolute.drifts == {} and [change.ratio for change in absolute.regressions] == [1.6, 1.6]
 
 
+def test_a_case_drifts_with_its_own_yardsticks(tmp_path: Path) -> None:
+    """One case's memory came to lie well and the other's badly: neither is a regression."""
+    small, large = {"N": 1}, {"N": 2}
+    before = [*rows(1.0, 1.0, case=small), *rows(1.0, 1.0, case=large), entry("fastssl", 1.0, case={"N": 3})]
+    after = [*rows(0.5, 0.5, case=small), *rows(1.3, 1.3, case=large), entry("fastssl", 0.9, case={"N": 3})]
+    found = between(tmp_path, before, after)
+    assert [change.drift for change in found.changes] == [0.5, 0.5, 1.3, 1.3, 0.9]  # the last: of the op
+    assert not found.regressions and not found.improvements
+
+
 def test_a_slow_machine_hides_no_regression(tmp_path: Path) -> None:
     [change] = between(tmp_path, rows(1.0, 1.0), rows(1.0, 0.5)).regressions  # twice as fast, and we are not
     assert change.ratio == 2
