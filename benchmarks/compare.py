@@ -146,7 +146,7 @@ def show(console: Console, found: Difference, absolute: bool) -> None:
         console.print("Ratios are absolute: not divided by the drift of the machine.")
     else:
         console.print(
-            "Ratios are divided by the drift: the median ratio of the peers and bounds of the case, else of the op:"
+            "Ratios are divided by the drift: the median ratio of the peers and bounds of the case, or else the op:"
         )
         for (op, device), drift in found.drifts.items():
             console.print(f"  {escape(op)}, {device}: {drift:.2f}")
