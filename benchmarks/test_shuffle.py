@@ -40,11 +40,9 @@ def authors(x: Tensor, generator: torch.Generator) -> Tensor:
 def bare(x: Tensor, generator: torch.Generator) -> Tensor:
     """What is sent and nothing else: no permutation, no check of sizes, into the same memory each time."""
     global received
-    rank, world = dist.get_rank(), dist.get_world_size()
-    sent = [len(part) for part in x.tensor_split(world)]
     if received is None:
-        received = x.new_empty(world * sent[rank], *x.shape[1:])
-    dist.all_to_all_single(received, x, [sent[rank]] * world, sent)
+        received = torch.empty_like(x)
+    dist.all_to_all_single(received, x)
     return received
 
 
@@ -121,7 +119,7 @@ def make_case(ranks: int) -> Case:
 
 SIDES = (
     Side("authors", partial(Ranks, authors), differs="gathers all batches on every rank"),
-    Side("all_to_all_single", partial(Ranks, bare), role="bound"),
+    Side("all_to_all_single", partial(Ranks, bare), role="bound", when=lambda c: c["rows"] % c["ranks"] == 0),
     Side("fastssl", partial(Ranks, ours), role="ours"),
 )
 
