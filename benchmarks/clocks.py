@@ -44,7 +44,8 @@ class Graph:
     """
 
     def __init__(self, step: Callable[[], Any]) -> None:
-        self._step, side = step, torch.cuda.Stream()
+        self._step = step  # holds the tensors whose addresses the graph has
+        side = torch.cuda.Stream()
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):  # lazy initialisations may not be captured
             for _ in range(3):
@@ -61,7 +62,7 @@ class Graph:
             check: of a result that is the same at every call, looked at after its memory was overwritten; None for
                 calls that change their arguments, whose result must change.
         """
-        results = [x for x in (self._result if isinstance(self._result, tuple | list) else [self._result])]
+        results = list(self._result) if isinstance(self._result, tuple | list) else [self._result]
         before = [x.clone() for x in results]
         if check is not None:
             for x in results:

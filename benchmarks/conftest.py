@@ -12,6 +12,7 @@ import pytest
 import torch
 from pytest_benchmark.fixture import BenchmarkFixture
 
+from benchmarks.environment import driver, nvidia_smi
 from benchmarks.sides import Case, Side
 from benchmarks.turns import TOLD, Check, Turns, parameters_of, report
 
@@ -85,7 +86,7 @@ def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: di
         "cpu": cpu,
         "gpu": gpu.name if gpu else None,
         "capability": f"{gpu.major}.{gpu.minor}" if gpu else None,
-        "driver": _driver() if gpu else None,
+        "driver": driver(nvidia_smi()) if gpu else None,
         "cuda": torch.version.cuda if gpu else None,
         "threads": threads,
         "load": round(config.stash[_load], 2),
@@ -105,12 +106,3 @@ def _version(package: str) -> str | None:
         return metadata.version(package)
     except metadata.PackageNotFoundError:
         return None
-
-
-def _driver() -> str | None:
-    try:
-        with open("/proc/driver/nvidia/version") as file:
-            found = re.search(r"\d+\.\d+(\.\d+)?", file.readline())
-    except OSError:
-        return None
-    return found.group() if found else None

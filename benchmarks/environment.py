@@ -21,14 +21,13 @@ SMI = (
 def environment() -> dict[str, Any]:
     """Devices, driver, libraries and commit. Sets CUDA up."""
     gpus = [torch.cuda.get_device_properties(index) for index in range(torch.cuda.device_count())]
-    smi = _printed("nvidia-smi", f"--query-gpu={','.join(SMI)}", "--format=csv,noheader") or ""
-    rows = [dict(zip(SMI, map(str.strip, line.split(",")), strict=False)) for line in smi.splitlines()]
+    rows = nvidia_smi()
     return {
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         "commit": _printed("git", "describe", "--always", "--dirty", "--abbrev=12"),
         "torch": torch.__version__,
         "cuda": torch.version.cuda,
-        "driver": rows[0]["driver_version"] if rows else None,
+        "driver": driver(rows),
         "gpus": [
             {
                 "name": gpu.name,
@@ -43,6 +42,17 @@ def environment() -> dict[str, Any]:
         "nccl": _tried(torch.cuda.nccl.version),
         "fastssl": _tried(info.collect),
     }
+
+
+def nvidia_smi() -> list[dict[str, str]]:
+    """What the tool of the driver tells of each GPU; nothing without it."""
+    printed = _printed("nvidia-smi", f"--query-gpu={','.join(SMI)}", "--format=csv,noheader") or ""
+    return [dict(zip(SMI, map(str.strip, line.split(",")), strict=False)) for line in printed.splitlines()]
+
+
+def driver(rows: list[dict[str, str]]) -> str | None:
+    """The driver's version."""
+    return rows[0]["driver_version"] if rows else None
 
 
 def _tried(ask: Callable[[], Any]) -> Any:

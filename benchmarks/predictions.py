@@ -8,7 +8,6 @@ without launches and the host, as in a CUDA graph; so it is compared with the gr
 """
 
 import argparse
-import json
 import re
 import statistics
 import sys
@@ -18,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.kernel_markdown import table
+from benchmarks.results import ResultsError, read_json
 
 Case = dict[str, int | str]
 
@@ -73,14 +73,10 @@ def read(path: Path) -> dict[str, Any]:
     """A JSON file with an object in it.
 
     Raises:
-        PredictionsError: there is none.
+        ResultsError: it cannot be read, or is not JSON.
+        PredictionsError: there is something else in it.
     """
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise PredictionsError(f"{path} cannot be read ({error.strerror}): give a JSON file") from None
-    except ValueError as error:
-        raise PredictionsError(f"{path} is not JSON ({error}): was its writer ended?") from None
+    content = read_json(path)
     if not isinstance(content, dict):
         raise PredictionsError(f"{path} has a {type(content).__name__} in it, it must be a JSON object")
     return content
@@ -290,7 +286,7 @@ def main(argv: list[str] | None = None) -> int:
     options = parser.parse_args(argv)
     try:
         text = compare(read(options.bench), read(options.report))
-    except PredictionsError as error:
+    except (PredictionsError, ResultsError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     print(text, end="")

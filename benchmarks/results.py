@@ -295,6 +295,20 @@ def read_machine(source: Any, path: Path) -> Machine:
     )
 
 
+def read_json(path: Path) -> Any:
+    """What a JSON file has in it.
+
+    Raises:
+        ResultsError: it cannot be read, or is none.
+    """
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ResultsError(f"{path} cannot be read: {error.strerror}") from error
+    except ValueError as error:
+        raise ResultsError(f"{path} is not JSON, its writer may have been ended: {error}") from error
+
+
 def load(path: Path | str) -> Run:
     """The results in a JSON of the suite.
 
@@ -302,13 +316,7 @@ def load(path: Path | str) -> Run:
         ResultsError: the file cannot be read, or is not such a JSON.
     """
     path = Path(path)
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ResultsError(f"{path} cannot be read: {error.strerror}") from error
-    except ValueError as error:
-        raise ResultsError(f"{path} is not JSON: {error}") from error
-    where = str(path)
+    content, where = read_json(path), str(path)
     entries = get(content, "benchmarks", (list,), where)
     rows = tuple(read_row(entry, number, path) for number, entry in enumerate(entries))
     seen: dict[Any, Row] = {}
