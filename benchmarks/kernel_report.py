@@ -45,6 +45,7 @@ import torch
 
 from benchmarks import sass
 from benchmarks.kernel_markdown import counted, markdown
+from benchmarks.pipelining import early_copies
 from benchmarks.roofline import (
     AUGMENTATIONS,
     CHIPS,
@@ -76,11 +77,17 @@ MATRIX = {80: "HMMA", 90: "HGMMA", 100: "UTC", 120: "HMMA"}
 
 
 def compiled(variant: Any) -> tuple[sass.Program, Any]:
-    """The machine code of a variant and Triton's metadata."""
+    """The machine code of a variant and Triton's metadata.
+
+    Raises:
+        RuntimeError: its loop would race.
+    """
     import triton
     from triton.backends.compiler import GPUTarget
 
     result = triton.compile(variant.source(), target=GPUTarget("cuda", variant.chip, 32), options=variant.options)
+    if races := early_copies(result.asm["ttgir"], result.metadata.num_stages):
+        raise RuntimeError(f"{variant.name} on sm_{variant.chip}: {'; '.join(races)}")
     return sass.read(result.asm["cubin"]), result.metadata
 
 

@@ -89,8 +89,8 @@ def _loss(
         lambda: info_nce.forward(query, query, negatives, 0.1, None, ring, ring, normalized, gradients),
     )
     for variant in found:
-        # combining depends on the dtype and the width alone
-        if "combine" not in variant.name or (name == "bf16 queue" and dim in (128, 512)):
+        # combining depends on the dtype and the width alone; `_gradient` has the norms
+        if "split" in variant.name or ("combine" in variant.name and name == "bf16 queue" and dim in (128, 512)):
             yield variant
 
 
@@ -194,6 +194,6 @@ def variant(name: str, chip: int, launch: Launch) -> Variant:
             divisible = value % 16 == 0 and not parameter.do_not_specialize
         if divisible:
             attrs[(at,)] = [["tt.divisibility", 16]]
-    options = {"num_warps": launch.warps, "num_stages": launch.stages}
+    options = {"num_warps": launch.warps, "num_stages": launch.stages, "enable_fp_fusion": launch.fuse}
     kernel = launch.kernel.fn.__name__.removeprefix("info_nce_")
     return Variant(f"{kernel} {name}".strip(), chip, launch.kernel, signature, constexprs, attrs, options)

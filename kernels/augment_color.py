@@ -48,28 +48,21 @@ def augment_color(
     within = tl.arange(0, BLOCK) * 3
     r, g, b = load_pixels(images + at + within, inside)
     r, g, b = stepped(r, g, b, row, pixel, width, mean, BEFORE)
-    if blurred(row, planes):
-        plane = pixels // width * stride
-        place = planes + image * plane * 3
-        if PADDED:
-            place += pixel // width * stride + pixel % width
-        else:
-            place += pixel
-        tl.store(place, (r - MIDDLE).to(tl.float16), mask=inside)
-        tl.store(place + plane, (g - MIDDLE).to(tl.float16), mask=inside)
-        tl.store(place + 2 * plane, (b - MIDDLE).to(tl.float16), mask=inside)
-    else:
-        r, g, b = stepped(r, g, b, row, pixel, width, mean, AFTER)
-        store_pixels(out + at + within, r * scale_r + shift_r, g * scale_g + shift_g, b * scale_b + shift_b, inside)
-
-
-@triton.jit
-def blurred(row: tl.tensor, planes: tl.tensor) -> tl.tensor:
-    """Whether the image is."""
-    if planes is None:
-        return False
-    else:
-        return tl.load(row + SIGMA) > 0
+    if planes is not None:
+        sigma = tl.load(row + SIGMA)
+        if sigma > 0:
+            plane = pixels // width * stride
+            place = planes + image * plane * 3
+            if PADDED:
+                place += pixel // width * stride + pixel % width
+            else:
+                place += pixel
+            tl.store(place, (r - MIDDLE).to(tl.float16), mask=inside)
+            tl.store(place + plane, (g - MIDDLE).to(tl.float16), mask=inside)
+            tl.store(place + 2 * plane, (b - MIDDLE).to(tl.float16), mask=inside)
+        inside = pixel < tl.where(sigma > 0, 0, pixels)  # not an else, which would hold all that follows
+    r, g, b = stepped(r, g, b, row, pixel, width, mean, AFTER)
+    store_pixels(out + at + within, r * scale_r + shift_r, g * scale_g + shift_g, b * scale_b + shift_b, inside)
 
 
 def color(
@@ -104,6 +97,7 @@ def color(
         config.COLOR_WARPS,
         1,
         images,
+        fuse=False,  # as the CPU computes: a fused sum may fall on the other side of a whole number
         images=images,
         out=out,
         planes=planes,

@@ -56,6 +56,7 @@ def luma_sums(images: Tensor, parameters: Tensor, before: tuple[int, ...]) -> Te
         config.LUMA_WARPS,
         1,
         images,
+        fuse=False,  # as the CPU computes: a fused sum may fall on the other side of a whole number
         images=images,
         parameters=parameters,
         sums=sums,

@@ -4,14 +4,15 @@ import torch
 import triton
 import triton.language as tl
 from fastssl.kernels import config
+from fastssl.kernels.inverse_norms import inverse_norms_pass
 from fastssl.kernels.launch import chip, launch
 from fastssl.kernels.launch import precision as matmul_precision
 from fastssl.kernels.rows import (
     LOG2_E,
     inverse,
     inverse_temperature,
+    largest,
     narrow,
-    norm,
     power_of_two,
     ring,
     root,
@@ -20,23 +21,6 @@ from fastssl.kernels.rows import (
     widen,
 )
 from torch import Tensor
-
-
-@triton.jit(do_not_specialize=["rows"])
-def inverse_norms(
-    x: tl.tensor,  # rows×DIM
-    result: tl.tensor,  # rows
-    rows: tl.tensor,
-    DIM: tl.constexpr,
-    BLOCK_ROWS: tl.constexpr,
-    BLOCK_DIM: tl.constexpr,
-) -> None:
-    """A few rows."""
-    row = tl.program_id(0).to(tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
-    dims = tl.arange(0, BLOCK_DIM)
-    within = (row < rows)[:, None] & (dims < DIM)[None, :]
-    lengths = norm(tl.load(x + row[:, None] * DIM + dims[None, :], mask=within, other=0), 1)
-    tl.store(result + row, inverse(lengths), mask=row < rows)
 
 
 @triton.jit(do_not_specialize=["rows", "columns"])
@@ -80,24 +64,26 @@ def info_nce_negatives(
         keys + (tl.minimum(column, columns - 1).to(tl.int64) * key_stride)[:, None]
     )  # others are left out at the end
 
-    # Keys stay: scaled to lengths of 1 to 2, so that no product overflows. Queries pass by as they are.
+    # Keys stay: scaled to elements below 2, so that no product overflows. Queries pass by as they are.
     if IN_PARTS:
         parts = tl.arange(0, BLOCK_PRODUCT)
         plain = tl.zeros((BLOCK_COLUMNS,), tl.float32)
         scaled = tl.zeros((BLOCK_COLUMNS,), tl.float32)
+        most = tl.zeros((BLOCK_COLUMNS,), tl.float32)
         for at in range(0, DIM, BLOCK_PRODUCT):
             part = at + parts
             k = tl.load(key_row + (part.to(tl.int64) * dim_stride)[None, :], mask=(part < DIM)[None, :], other=0)
             more_plain, more_scaled = squares(k, 1)
             plain += more_plain
             scaled += more_scaled
-        norms = root(plain, scaled)
+            most = tl.maximum(most, largest(k, 1))
     else:
         k = tl.load(key_row + (dims.to(tl.int64) * dim_stride)[None, :], mask=(dims < DIM)[None, :], other=0)
         plain, scaled = squares(k, 1)
-        norms = root(plain, scaled)
-        k = narrow(k.to(tl.float32) * power_of_two(norms)[:, None], tl.float32 if WIDE else keys.dtype.element_ty)
-    scale = power_of_two(norms)
+        most = largest(k, 1)
+        k = narrow(k.to(tl.float32) * power_of_two(most)[:, None], tl.float32 if WIDE else keys.dtype.element_ty)
+    norms = root(plain, scaled)
+    scale = power_of_two(most)
     key_factor = 1.0 / scale
     if not NORMALIZED:
         key_factor = inverse(norms) / scale
@@ -169,22 +155,7 @@ def negatives_pass(
     kind = precision if wide else "mixed" if wide_values else "half"
     tile = config.negatives_tile(chip(query.device), dim, kind)
     slices = triton.cdiv(dim, tile.dim)
-    query_factors = query.new_empty(len(query), dtype=torch.float32)
-    block_dim = config.block(dim)
-    at_once = config.rows_at_once(chip(query.device), block_dim)
-    launch(
-        inverse_norms,
-        (triton.cdiv(len(query), at_once),),
-        config.row_warps(block_dim),
-        1,
-        query,
-        x=query,
-        result=query_factors,
-        rows=len(query),
-        DIM=dim,
-        BLOCK_ROWS=at_once,
-        BLOCK_DIM=block_dim,
-    )
+    query_factors = inverse_norms_pass(query)
     launch(
         info_nce_negatives,
         (triton.cdiv(len(keys), tile.rows), slices),

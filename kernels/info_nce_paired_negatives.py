@@ -4,7 +4,16 @@ import triton
 import triton.language as tl
 from fastssl.kernels import config
 from fastssl.kernels.launch import chip, launch
-from fastssl.kernels.rows import LOG2_E, inverse, inverse_temperature, norm, power_of_two, through_norm, unit_row
+from fastssl.kernels.rows import (
+    LOG2_E,
+    inverse,
+    inverse_temperature,
+    largest,
+    norm,
+    power_of_two,
+    through_norm,
+    unit_row,
+)
 from torch import Tensor
 
 
@@ -38,7 +47,7 @@ def info_nce_paired_negatives(
     k = tl.load(place, mask=mask, other=0).to(tl.float32)
     if not NORMALIZED:
         norms = norm(k, 1)
-        scale = power_of_two(norms)
+        scale = power_of_two(largest(k, 1))
         k = (k * scale[:, None]) * (inverse(norms) / scale)[:, None]
     similarity = tl.sum(k * q[None, :], 1)
     weight = tl.exp2((similarity * inverse_t - tl.load(lse + row)) * LOG2_E) * tl.load(grad_loss + row) * inverse_t

@@ -7,6 +7,7 @@ import torch
 import triton
 import triton.language as tl
 from fastssl.kernels import config
+from fastssl.kernels.inverse_norms import inverse_norms_pass
 from fastssl.kernels.launch import autotuning, chip, launch
 from fastssl.kernels.launch import precision as matmul_precision
 from fastssl.kernels.rows import (
@@ -14,6 +15,7 @@ from fastssl.kernels.rows import (
     LOG2_E,
     inverse,
     inverse_temperature,
+    largest,
     narrow,
     power_of_two,
     ring,
@@ -28,6 +30,7 @@ from torch import Tensor
 def info_nce_split(
     query: tl.tensor,  # rows×DIM
     keys: tl.tensor,  # columns×DIM
+    key_factors: tl.tensor,  # columns: 1/‖key‖; None if they have length 1
     temperature: tl.tensor,
     temperature_tensor: tl.tensor,
     first: tl.tensor,
@@ -45,7 +48,6 @@ def info_nce_split(
     BLOCK_DIM: tl.constexpr,  # of the accumulator
     BLOCK_PRODUCT: tl.constexpr,  # columns of q·k at once, if IN_PARTS
     IN_PARTS: tl.constexpr,
-    NORMALIZED: tl.constexpr,
     EXCLUDE_DIAGONAL: tl.constexpr,
     GRADIENTS: tl.constexpr,
     WIDE: tl.constexpr,  # products in float32
@@ -74,17 +76,19 @@ def info_nce_split(
         parts = tl.arange(0, BLOCK_PRODUCT)
         plain = tl.zeros((BLOCK_ROWS,), tl.float32)
         scaled = tl.zeros((BLOCK_ROWS,), tl.float32)
+        most = tl.zeros((BLOCK_ROWS,), tl.float32)
         for at in range(0, DIM, BLOCK_PRODUCT):
             q = tl.load(query_row + (at + parts)[None, :], mask=live & (at + parts < DIM)[None, :], other=0)
             more_plain, more_scaled = squares(q, 1)
             plain += more_plain
             scaled += more_scaled
-        norms = root(plain, scaled)
+            most = tl.maximum(most, largest(q, 1))
     else:
         plain, scaled = squares(q, 1)
-        norms = root(plain, scaled)
+        most = largest(q, 1)
+    norms = root(plain, scaled)
     # T's sign goes to the query: the row's factor is positive, and the largest product makes the largest logit.
-    scale = power_of_two(norms) * sign
+    scale = power_of_two(most) * sign
     row_factor = tl.maximum(inverse(norms) / scale * to_base_2, 1e-30)  # not 0 at T = ∞: keys left out are at -∞
     if not IN_PARTS:
         q = narrow(q * scale[:, None], tl.float32 if WIDE else query.dtype.element_ty)
@@ -103,8 +107,6 @@ def info_nce_split(
         key_row = keys + (column.to(tl.int64) * key_stride)[:, None]
         if IN_PARTS:
             products = tl.zeros((BLOCK_ROWS, BLOCK_COLUMNS), tl.float32)
-            key_plain = tl.zeros((BLOCK_COLUMNS,), tl.float32)
-            key_scaled = tl.zeros((BLOCK_COLUMNS,), tl.float32)
             for at in range(0, DIM, BLOCK_PRODUCT):
                 part = at + parts
                 q = tl.load(query_row + part[None, :], mask=live & (part < DIM)[None, :], other=0).to(tl.float32)
@@ -112,19 +114,15 @@ def info_nce_split(
                 k = tl.load(key_row + (part.to(tl.int64) * dim_stride)[None, :], mask=(part < DIM)[None, :], other=0)
                 k = widen(k, WIDE)
                 products = tl.dot(q, tl.trans(k), products, input_precision=PRECISION)
-                if not NORMALIZED:
-                    more_plain, more_scaled = squares(k, 1)
-                    key_plain += more_plain
-                    key_scaled += more_scaled
         k = tl.load(key_row + (dims.to(tl.int64) * dim_stride)[None, :], mask=(dims < DIM)[None, :], other=0)
         k = widen(k, WIDE)
         if not IN_PARTS:
             products = tl.dot(q, tl.trans(k), input_precision=PRECISION)
-            if not NORMALIZED:
-                key_plain, key_scaled = squares(k, 1)
-        if not NORMALIZED:
-            column_factor = inverse(root(key_plain, key_scaled))
-            products *= column_factor[None, :]
+        # Norms of keys come from another kernel: if registers read this tile too, Triton (3.6 to 3.8) has a buffer too
+        # few for it, and the copy of a later tile overwrites it while the second product still reads it.
+        if key_factors is not None:
+            key_factor = tl.load(key_factors + column)
+            products *= key_factor[None, :]
         if EXCLUDE_DIAGONAL:
             products = tl.where(row[:, None] != column[None, :], products, -float("inf"))
         # One multiply-add for each logit; -∞ in its addend costs less than choosing among the products.
@@ -134,8 +132,8 @@ def info_nce_split(
         total = total * decay + tl.sum(p, 1)
         maximum = higher
         if GRADIENTS:
-            if not NORMALIZED:
-                p *= column_factor[None, :]
+            if key_factors is not None:
+                p *= key_factor[None, :]
             k = widen(k, WIDE_VALUES)
             p = narrow(p, tl.float32 if WIDE_VALUES else keys.dtype.element_ty)
             accumulator = tl.dot(p, k, accumulator * decay[:, None], input_precision=PRECISION)
@@ -156,7 +154,7 @@ def tuned(where: config.Chip, tile: config.Tile) -> Any:
         triton.Config({"BLOCK_ROWS": t.rows, "BLOCK_COLUMNS": t.columns}, num_warps=t.warps, num_stages=t.stages)
         for t in config.candidates(where, tile)
     ]
-    return triton.autotune(tries, key=["rows", "columns", "DIM", "NORMALIZED", "GRADIENTS"])(info_nce_split)
+    return triton.autotune(tries, key=["rows", "columns", "DIM", "GRADIENTS"])(info_nce_split)
 
 
 def split_pass(
@@ -193,6 +191,7 @@ def split_pass(
         query,
         query=query,
         keys=keys,
+        key_factors=None if normalized else inverse_norms_pass(keys),
         temperature=temperature,
         temperature_tensor=temperature_tensor,
         first=first,
@@ -208,7 +207,6 @@ def split_pass(
         BLOCK_DIM=tile.dim,
         BLOCK_PRODUCT=tile.product,
         IN_PARTS=tile.product < config.block(dim),
-        NORMALIZED=normalized,
         EXCLUDE_DIAGONAL=exclude_diagonal,
         GRADIENTS=gradients,
         WIDE=wide,

@@ -21,6 +21,7 @@ class Launch(NamedTuple):
     arguments: dict[str, Any]
     warps: int
     stages: int
+    fuse: bool
 
 
 _recorded: list[Launch] | None = None
@@ -28,13 +29,15 @@ _chip: int | None = None
 _precision: str | None = None
 
 
-def launch(kernel: Any, grid: Grid, warps: int, stages: int, near: Tensor, **arguments: Any) -> None:
-    """Run `kernel` on the device of `near`."""
+def launch(
+    kernel: Any, grid: Grid, warps: int, stages: int, near: Tensor, *, fuse: bool = True, **arguments: Any
+) -> None:
+    """Run `kernel` on the device of `near`; without `fuse`, a product that is added to is rounded by itself."""
     if _recorded is not None:
-        _recorded.append(Launch(kernel, arguments, warps, stages))
+        _recorded.append(Launch(kernel, arguments, warps, stages, fuse))
         return
     if not isinstance(kernel, Autotuner):  # which brings its own
-        arguments |= {"num_warps": warps, "num_stages": stages}
+        arguments |= {"num_warps": warps, "num_stages": stages, "enable_fp_fusion": fuse}
     with torch.cuda.device_of(near):
         kernel[grid](**arguments)
 

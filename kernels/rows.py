@@ -60,12 +60,20 @@ def inverse(norms: tl.tensor) -> tl.tensor:
 
 
 @triton.jit
-def power_of_two(norms: tl.tensor) -> tl.tensor:
-    """The power of two p with 1 ≤ p·norm < 2 (norm at least eps).
+def largest(x: tl.tensor, axis: tl.constexpr) -> tl.tensor:
+    """The largest absolute value."""
+    return tl.max(tl.abs(x.to(tl.float32)), axis)
 
-    Rows scaled by it keep every bit, in half precision too, and the product with another row does not overflow.
+
+@triton.jit
+def power_of_two(most: tl.tensor) -> tl.tensor:
+    """The power of two p with 1 ≤ p·most < 2, where `most` is what `largest` found in a row (at least eps).
+
+    Rows scaled by it keep every bit, in half precision too, and the product with another row does not overflow. Of a
+    norm it must not be taken: the compiler may sum twice, in two layouts and orders, and where one sum is just below 1
+    and the other is 1 the two powers differ by a factor of 2. A maximum is the same in every order.
     """
-    exponent = tl.maximum(norms, EPS).to(tl.int32, bitcast=True) & 0x7F800000
+    exponent = tl.maximum(most, EPS).to(tl.int32, bitcast=True) & 0x7F800000
     return tl.maximum(0x7F000000 - exponent, 0x00800000).to(tl.float32, bitcast=True)  # normal, or it would be 0
 
 
@@ -73,7 +81,7 @@ def power_of_two(norms: tl.tensor) -> tl.tensor:
 def unit_row(x: tl.tensor) -> tl.tensor:
     """x/‖x‖ and ‖x‖ of one row; scaled first, for the inverse of a huge norm would be a denormal."""
     length = norm(x, 0)
-    scale = power_of_two(length)
+    scale = power_of_two(largest(x, 0))
     return (x * scale) * (inverse(length) / scale), length
 
 
@@ -81,7 +89,7 @@ def unit_row(x: tl.tensor) -> tl.tensor:
 def unit_rows(x: tl.tensor) -> tl.tensor:
     """x/‖x‖ and ‖x‖ of each row; scaled first, for the inverse of a huge norm would be a denormal."""
     length = norm(x, 1)
-    scale = power_of_two(length)
+    scale = power_of_two(largest(x, 1))
     return (x * scale[:, None]) * (inverse(length) / scale)[:, None], length
 
 

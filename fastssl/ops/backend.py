@@ -3,7 +3,6 @@
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
 
@@ -34,11 +33,11 @@ class Implementation:
             return f"it runs on {', '.join(sorted(self.devices))}, not on {device.type}"
         if self.dtypes is not None and dtype not in self.dtypes:
             return f"it takes {', '.join(sorted(map(str, self.dtypes)))}, not {dtype}"
-        return self.unsuited(device) if self.unsuited else None
+        return None if self.unsuited is None else self.unsuited(device)
 
 
 _implementations: dict[str, dict[str, Implementation]] = {}
-_forced: ContextVar[str | None] = ContextVar("fastssl_backend", default=None)
+_forced: str | None = None  # of the whole process; a plain name, for torch.compile before 2.12 knows no ContextVar
 
 
 def register(op: str, backend: str, implementation: Implementation) -> None:
@@ -53,7 +52,7 @@ def ops() -> list[str]:
 
 def requested() -> str | None:
     """The backend asked for by ``use_backend`` or ``FASTSSL_BACKEND``; None when the choice is free."""
-    forced = _forced.get() or os.environ.get("FASTSSL_BACKEND") or None
+    forced = _forced or os.environ.get("FASTSSL_BACKEND") or None
     return None if forced is None else _known(forced)
 
 
@@ -96,6 +95,8 @@ def only_reference(op: str, why: str) -> Callable[..., Any]:
 def use_backend(name: str) -> Iterator[None]:
     """Run every op inside the ``with`` block on the backend `name`; wins over ``FASTSSL_BACKEND``.
 
+    It holds for all threads of the process.
+
     Raises:
         FastsslError: `name` is not a backend; inside the block, an op that cannot run on it says why.
 
@@ -104,11 +105,12 @@ def use_backend(name: str) -> Iterator[None]:
         >>> with use_backend("reference"):
         ...     pass
     """
-    token = _forced.set(_known(name))
+    global _forced
+    before, _forced = _forced, _known(name)
     try:
         yield
     finally:
-        _forced.reset(token)
+        _forced = before
 
 
 def _known(name: str) -> str:

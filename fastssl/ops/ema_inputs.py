@@ -34,7 +34,7 @@ def check(targets: list[Tensor], sources: list[Tensor], shadows: list[Tensor] | 
             raise FastsslError(f"target 0 is on {targets[0].device} and target {i} on {target.device}: one call each")
         if not (target.dtype in TARGETS and source.dtype in SOURCES and target.layout is source.layout is STRIDED):
             _check_dtypes(i, target, source)
-    for i, (target, shadow) in enumerate(zip(targets, shadows or (), strict=bool(shadows))):
+    for i, (target, shadow) in enumerate(zip(targets, shadows or (), strict=shadows is not None and len(shadows) > 0)):
         if target.is_floating_point() != shadow.is_floating_point():
             raise FastsslError(f"target {i} is {target.dtype} and its shadow {shadow.dtype}: both floating or neither")
     read = {"source": sources, "momentum": [momentum] if isinstance(momentum, Tensor) else []}

@@ -99,9 +99,13 @@ def compiled_implementations(function: Callable[..., Any]) -> dict[str, Implemen
     }
 
 
-@cache
 def _too_old(device: torch.device) -> str | None:
     """Why the Triton kernels, made for NVIDIA chips from sm_80 on, do not run on `device`; None when they do."""
+    return _chip_too_old(device)  # torch.compile before 2.12 takes a cached function that an object holds for a method
+
+
+@cache
+def _chip_too_old(device: torch.device) -> str | None:
     if torch.version.hip is not None:
         return "it is made for NVIDIA's chips"
     if device.type != "cuda" or not torch.cuda.is_available():

@@ -169,7 +169,7 @@ def check_steps(steps: Sequence[Step]) -> None:
         if type(step) not in PHOTOMETRIC:
             known = ", ".join(kind.__name__ for kind in PHOTOMETRIC)
             raise FastsslError(f"augment_ knows {known}; got {step!r}")
-        if type(step) in map(type, steps[:index]):
+        if type(step) in [type(other) for other in steps[:index]]:
             raise FastsslError(f"augment_ does each kind of step once; {step.name} comes twice")
 
 

@@ -23,7 +23,7 @@ ROUNDING = {BF16: 2.0**-8, FP16: 2.0**-11, FP32: 2.0**-24}
 # On a GPU float32 products are tf32 if torch allows it; these tests leave its default, which does not.
 FLOAT = 4e-6
 ORACLE = 1e-15  # float64 subtracts probabilities from 1
-TINY = 1e-37  # below, numbers may be flushed to 0
+TINY = 1e-37  # below, numbers may be flushed to 0, before they are divided by T
 SCALES = {FP32: (0.0, 1e30, 1e-30, 1e-13, 1e6), BF16: (0.0, 1e30, 1e-30, 1e-13, 1e6), FP16: (0.0, 1e4, 1e-4)}
 
 
@@ -101,6 +101,13 @@ def inputs(case: Case) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
     return query, positive, negatives, torch.randn(case.n, generator=generator)
 
 
+def on_device(case: Case) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
+    """`inputs`, where the kernels run."""
+    query, positive, negatives, grad = (x if x is None else x.to(fences.DEVICE) for x in inputs(case))
+    assert query is not None and positive is not None and grad is not None
+    return query, positive, negatives, grad
+
+
 @dataclass
 class Result:
     """Losses, and the gradients of Σ grad·loss (the temperature's per row)."""
@@ -175,7 +182,7 @@ def allowances(case: Case, loss: Tensor) -> Result:
     error = FLOAT * (1 + 1 / t)
     steps = error + 2 * max(ROUNDING[case.dtype], ROUNDING[case.key_dtype])
     p_negative = -torch.expm1(-loss)
-    size = steps * grad.abs() * p_negative / t + ORACLE * grad.abs() / t + TINY  # for every row, up to the norms
+    size = steps * grad.abs() * p_negative / t + ORACLE * grad.abs() / t + TINY / t  # for every row, up to the norms
     norms = [x.norm(dim=-1).clamp(min=1e-12) for x in (query, positive)]
     allowed = Result(
         error * p_negative + 3e-7 * loss + ORACLE,
@@ -194,7 +201,7 @@ def allowances(case: Case, loss: Tensor) -> Result:
     weights = torch.exp(similarity / t - lse[:, None]).clamp(max=1) * grad.abs()[:, None] / t  # N×M
     if case.mode != "paired":
         weights = weights.sum(0)
-    bound = ((steps * weights + TINY) / key_norms)[..., None] + TINY
+    bound = ((steps * weights + TINY / t) / key_norms)[..., None] + TINY
     if case.mode == "in-batch":
         assert allowed.positive is not None
         allowed.positive = allowed.positive + bound
@@ -265,6 +272,16 @@ def test_same_bits_twice(mode: str) -> None:
         assert one is other is None or torch.equal(one, other), name
 
 
+@pytest.mark.parametrize("mode", ["unpaired", "paired", "in-batch"])
+@pytest.mark.parametrize("dim", [29, 128])
+def test_rows_whose_norms_are_one_but_for_rounding(mode: str, dim: int) -> None:
+    """As users pass them. A compiler that sums such a row twice, in two orders, gets norms on both sides of 1."""
+    n, m = {"unpaired": (40, 70), "paired": (6, 40), "in-batch": (60, 60)}[mode]
+    rows_of_ones = {"odd_rows": True, "normalized": mode != "in-batch"}
+    for seed in range(3 if fences.DEVICE == "cuda" else 1):
+        compare(Case(mode, n, m, dim, seed=seed, **rows_of_ones))  # type: ignore[arg-type]
+
+
 def test_every_valid_range() -> None:
     case = Case("unpaired", 2, 21, 3)
     for first in (0, 1, 16, 20, 21, -1, 1000):
@@ -319,7 +336,7 @@ def test_a_tiny_loss_keeps_its_digits() -> None:
 @pytest.mark.parametrize("gradients", [False, True])
 @pytest.mark.parametrize("mode", ["unpaired", "paired", "in-batch"])
 def test_nan_and_infinity_are_not_hidden(mode: str, gradients: bool, bad: float) -> None:
-    query, positive, negatives, _ = inputs(Case(mode, 4, 4 if mode == "in-batch" else 40, 6))
+    query, positive, negatives, _ = on_device(Case(mode, 4, 4 if mode == "in-batch" else 40, 6))
     keys = positive if negatives is None else negatives
     keys[..., 2, 3] = bad
     loss, *_ = info_nce.forward(query, positive, negatives, 0.1, None, None, None, False, gradients)
@@ -328,7 +345,7 @@ def test_nan_and_infinity_are_not_hidden(mode: str, gradients: bool, bad: float)
 
 @pytest.mark.parametrize("mode", ["unpaired", "paired", "in-batch"])
 def test_infinite_temperature_counts_the_keys(mode: str) -> None:
-    query, positive, negatives, _ = inputs(Case(mode, 4, 4 if mode == "in-batch" else 40, 6))
+    query, positive, negatives, _ = on_device(Case(mode, 4, 4 if mode == "in-batch" else 40, 6))
     keys = 4 if mode == "in-batch" else 41
     for t in (torch.inf, -torch.inf):
         loss, *_ = info_nce.forward(query, positive, negatives, t, None, None, None, False, False)
@@ -336,7 +353,7 @@ def test_infinite_temperature_counts_the_keys(mode: str) -> None:
 
 
 def test_huge_paired_keys_at_a_low_temperature() -> None:
-    query, positive, negatives, _ = inputs(Case("paired", 4, 10, 6))
+    query, positive, negatives, _ = on_device(Case("paired", 4, 10, 6))
     assert negatives is not None
     usual, huge = (
         info_nce.forward(query, positive, negatives * s, 0.01, None, None, None, False, False)[0] for s in (1, 1e37)
@@ -360,3 +377,41 @@ def test_autotuning_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     usual = kernels(case)
     monkeypatch.setenv("FASTSSL_AUTOTUNE", "1")  # one candidate under the interpreter, for nothing can be timed there
     torch.testing.assert_close(compare(case).loss, usual.loss)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("dtype", [BF16, FP16, FP32])
+@pytest.mark.parametrize(
+    ("n", "m", "dim", "normalized"),
+    [
+        (256, 0, 128, False), (1024, 0, 128, False), (1024, 0, 64, False), (1024, 0, 256, False), (4096, 0, 128, False),
+        (256, 65536, 128, True), (256, 65536, 128, False), (1024, 16384, 256, False), (32, 4096, 64, True),
+    ],
+)  # fmt: skip
+def test_every_row_of_a_training(n: int, m: int, dim: int, normalized: bool, dtype: torch.dtype) -> None:
+    """Loops of many tiles, as small tests do not have: each row by itself, for a race spoils some of them only."""
+    draw = torch.Generator().manual_seed(0)
+    query, key = (torch.randn(n, dim, generator=draw).cuda().to(dtype) for _ in "qk")
+    negatives = None
+    if m:
+        negatives = torch.randn(m, dim, generator=draw)
+        negatives = (F.normalize(negatives) if normalized else negatives).cuda().to(dtype)
+    leaves = [x if x is None else x.double().requires_grad_() for x in (query, key, negatives)]
+    expected = reference.info_nce(*leaves, 0.07, "none", "unpaired", normalized, None)  # type: ignore[arg-type]
+    expected.sum().backward()
+    for _ in range(3):
+        loss, lse, dquery, dpositive, _ = info_nce.forward(
+            query, key, negatives, 0.07, None, None, None, normalized, True
+        )
+        others = info_nce.negatives(
+            torch.ones_like(loss), lse, query, key if negatives is None else negatives, 0.07, None, None, None,
+            normalized, negatives is None,
+        )  # fmt: skip
+        if negatives is None:
+            others += dpositive
+        assert (loss - expected).abs().max() < 1e-5
+        wanted = (leaves[0].grad, leaves[1 if negatives is None else 2].grad)  # type: ignore[union-attr]
+        for name, got, right in zip(("query", "keys"), (dquery, others), wanted, strict=True):
+            off = (got.double() - right).norm(dim=1) / right.norm(dim=1)
+            assert off.max() < 4 * ROUNDING[dtype] + 2e-6, (name, off.max())

@@ -4,6 +4,7 @@ import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -14,7 +15,6 @@ from torch.utils.checkpoint import checkpoint
 from fastssl import _extension
 from fastssl.ops import backend as backends
 from fastssl.ops import info_nce, normalized_mse, use_backend
-from fastssl.ops.backend import _forced
 from fastssl.ops.library import call
 
 Inputs = dict[str, Any]  # tensors, or None for in-batch negatives
@@ -36,9 +36,8 @@ def backend(request: pytest.FixtureRequest) -> Iterator[str]:
 @contextmanager
 def free_choice() -> Iterator[None]:
     """Inside, no backend is asked for."""
-    token = _forced.set(None)
-    yield
-    _forced.reset(token)
+    with mock.patch.object(backends, "_forced", None):
+        yield
 
 
 def op(name: str, backend: str) -> Any:
