@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastssl import _extension
 from fastssl.errors import FastsslError
 from fastssl.ops import memory
 from fastssl.ops.reference import HALF
@@ -17,6 +18,23 @@ STRIDED = torch.strided
 
 def check(targets: list[Tensor], sources: list[Tensor], shadows: list[Tensor] | None, momentum: float | Tensor) -> None:
     """Raise FastsslError, a ValueError, for the first thing that does not fit; nothing is read from a device."""
+    if not _fits(targets, sources, shadows, momentum):
+        _look_closely(targets, sources, shadows, momentum)
+
+
+def _fits(targets: list[Tensor], sources: list[Tensor], shadows: list[Tensor] | None, momentum: float | Tensor) -> bool:
+    """Whether the extension sees at a glance that nothing is wrong, in a tenth of the time."""
+    if not memory.known([*targets, *sources, *(shadows or ())]) or _extension.missing():
+        return False
+    tensor = momentum if isinstance(momentum, Tensor) else None
+    fits: bool = torch.ops.fastssl.ema_update_fits(targets, sources, shadows or [], tensor)
+    return fits and (not targets or shadows is None or len(shadows) == len(targets))
+
+
+def _look_closely(
+    targets: list[Tensor], sources: list[Tensor], shadows: list[Tensor] | None, momentum: float | Tensor
+) -> None:
+    """The rules one by one, in plain Python."""
     if isinstance(momentum, Tensor) and targets and momentum.device not in (targets[0].device, torch.device("cpu")):
         raise FastsslError(f"targets are on {targets[0].device} and momentum on {momentum.device}")
     lists = [("sources", sources)] if shadows is None else [("sources", sources), ("shadows", shadows)]

@@ -277,9 +277,8 @@ def test_same_bits_twice(mode: str) -> None:
 def test_rows_whose_norms_are_one_but_for_rounding(mode: str, dim: int) -> None:
     """As users pass them. A compiler that sums such a row twice, in two orders, gets norms on both sides of 1."""
     n, m = {"unpaired": (40, 70), "paired": (6, 40), "in-batch": (60, 60)}[mode]
-    rows_of_ones = {"odd_rows": True, "normalized": mode != "in-batch"}
     for seed in range(3 if fences.DEVICE == "cuda" else 1):
-        compare(Case(mode, n, m, dim, seed=seed, **rows_of_ones))  # type: ignore[arg-type]
+        compare(Case(mode, n, m, dim, seed=seed, normalized=mode != "in-batch", odd_rows=True))
 
 
 def test_every_valid_range() -> None:
@@ -397,8 +396,9 @@ def test_every_row_of_a_training(n: int, m: int, dim: int, normalized: bool, dty
     if m:
         negatives = torch.randn(m, dim, generator=draw)
         negatives = (F.normalize(negatives) if normalized else negatives).cuda().to(dtype)
-    leaves = [x if x is None else x.double().requires_grad_() for x in (query, key, negatives)]
-    expected = reference.info_nce(*leaves, 0.07, "none", "unpaired", normalized, None)  # type: ignore[arg-type]
+    q, k = query.double().requires_grad_(), key.double().requires_grad_()
+    keys = None if negatives is None else negatives.double().requires_grad_()
+    expected = reference.info_nce(q, k, keys, 0.07, "none", "unpaired", normalized, None)
     expected.sum().backward()
     for _ in range(3):
         loss, lse, dquery, dpositive, _ = info_nce.forward(
@@ -411,7 +411,7 @@ def test_every_row_of_a_training(n: int, m: int, dim: int, normalized: bool, dty
         if negatives is None:
             others += dpositive
         assert (loss - expected).abs().max() < 1e-5
-        wanted = (leaves[0].grad, leaves[1 if negatives is None else 2].grad)  # type: ignore[union-attr]
-        for name, got, right in zip(("query", "keys"), (dquery, others), wanted, strict=True):
+        for name, got, right in (("query", dquery, q.grad), ("keys", others, k.grad if keys is None else keys.grad)):
+            assert right is not None
             off = (got.double() - right).norm(dim=1) / right.norm(dim=1)
-            assert off.max() < 4 * ROUNDING[dtype] + 2e-6, (name, off.max())
+            assert off.max() < 4 * ROUNDING[dtype] + 1e-5, (name, off.max())
