@@ -32,6 +32,8 @@ MINUTES = 8.0  # of each part
 ON_CPU = ("test_checkpoint", "test_shuffle", "test_startup")  # suites without a case for CUDA
 SPLIT = {"test_info_nce": ("_queue", "_in_batch")}  # by the names of its tests: each has time of its own
 DESCRIBE_SECONDS = 180.0  # to import torch and ask the driver
+WHOLE = ("kernels", "ops")  # folders of tests that run on the GPU where there is one, all of them
+SEVERAL = ("-n", "8")  # processes: most of the time goes into compiling
 STACKS = 120  # seconds after which pytest prints where a test hangs
 
 
@@ -45,11 +47,16 @@ def make_parts(folder: Path, names: Sequence[str], quick: bool) -> list[Part]:
     """
     run = (sys.executable, "-m")
     bench, predictions = folder / "bench.json", folder / "predictions.md"
-    tests = [file for file in sorted((ROOT / "tests").rglob("test_*.py")) if b"mark.gpu" in file.read_bytes()]
+    files = sorted((ROOT / "tests").rglob("test_*.py"))
+    whole = [file for file in files if file.parent.name in WHOLE]
+    marked = [file for file in files if file not in whole and b"mark.gpu" in file.read_bytes()]
     suites = [file for file in sorted((ROOT / "benchmarks").glob("test_*.py")) if file.stem not in ON_CPU]
     runs = [(f"{file.stem}{case}", file, case) for file in suites for case in SPLIT.get(file.stem, ("",))]
     parts = [
-        Part("tests", tuple(pytest(folder, "tests", file, "-m", "gpu") for file in tests), files=("tests-*.log",)),
+        Part("tests", (
+                *(pytest(folder, "tests", file, *SEVERAL) for file in whole),
+                *(pytest(folder, "tests", file, "-m", "gpu") for file in marked),
+            ), files=("tests-*.log",)),
         Part(
             "bench",
             tuple(

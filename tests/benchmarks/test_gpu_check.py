@@ -72,7 +72,8 @@ def test_parts_are_in_order_and_as_asked(tmp_path: Path) -> None:
     parts = gpu_check.make_parts(tmp_path, gpu_check.PARTS, quick=True)
     assert tuple(one.name for one in parts) == gpu_check.PARTS
     by_name = {one.name: one for one in parts}
-    assert all({"-m", "gpu"} < set(one.argv) and one.junit for one in by_name["tests"].commands)
+    for one in by_name["tests"].commands:
+        assert one.junit and ({"-m", "gpu"} < set(one.argv)) is not one.name.startswith(("tests-kernels", "tests-ops"))
     assert any(one.name == "tests-ops-test_ema" for one in by_name["tests"].commands)
     assert all({"--benchmark-only", "-k", "--quick"} < set(one.argv) for one in by_name["bench"].commands)
     chosen = {one.name: one.argv[one.argv.index("-k") + 1] for one in by_name["bench"].commands}
