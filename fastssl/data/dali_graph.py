@@ -60,9 +60,11 @@ def _graph(
         # DALI 2.4's decoder may crash on a file that it cannot make out. So the loader gives it none that PIL cannot,
         # and here it waits until the operator above, which fails in an orderly way, has read the headers of the batch.
         files = fn.reshape(files, rel_shape=fn.stack(0 * size[0] + 1))
-        # EXIF turns nothing, as with PIL. "mixed" takes the hardware decoder where there is one.
+        # EXIF turns nothing, as with PIL. "mixed" takes the hardware decoder where there is one; for exact colours the
+        # GPU's cores, which can interpolate chroma as libjpeg does: repeated it is off by 4 levels in the mean.
+        fancy = {"jpeg_fancy_upsampling": True} if on_gpu and color == "exact" else {}
         images = fn.decoders.image(
-            files, device="mixed" if on_gpu else "cpu", output_type=types.RGB, adjust_orientation=False
+            files, device="mixed" if on_gpu else "cpu", output_type=types.RGB, adjust_orientation=False, **fancy
         )
     else:
         images = fn.external_source(name="images", dtype=types.UINT8, ndim=3, layout="HWC")

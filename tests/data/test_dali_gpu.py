@@ -36,12 +36,14 @@ def views_of(images: Images, recipe: str, color: str, device: str, start: int = 
 @pytest.mark.parametrize("encoded", [False, True])
 @pytest.mark.parametrize("recipe", ["moco_v2", "byol"])
 def test_the_views_are_those_of_the_cpu(recipe: str, encoded: bool, color: str, tmp_path: Path) -> None:
+    # The decoders differ a little, more where the GPU repeats chroma.
+    allowed = 1 if not encoded else 2 if color == "exact" else 8
     count = BATCH * STEPS
     images: Images = open_source(str(save_jpegs(tmp_path, count))).train if encoded else arrays(count)
     for ours, theirs in zip(*(views_of(images, recipe, color, device) for device in ("cuda", "cpu")), strict=True):
         for one, other in zip(ours, theirs, strict=True):
             assert one.shape == other.shape == (BATCH, 3, 224, 224)
-            assert (one - other).abs().mean() < (3 if encoded else 1) * LEVEL  # the decoders differ a little
+            assert (one - other).abs().mean() < allowed * LEVEL
             assert one.std() > 0.2
 
 
