@@ -62,7 +62,7 @@ def _graph(
         files = fn.reshape(files, rel_shape=fn.stack(0 * size[0] + 1))
         # EXIF turns nothing, as with PIL. "mixed" takes the hardware decoder where there is one; for exact colours the
         # GPU's cores, which can interpolate chroma as libjpeg does: repeated it is off by 4 levels in the mean.
-        fancy = {"jpeg_fancy_upsampling": True} if on_gpu and color == "exact" else {}
+        fancy: dict[str, Any] = {"jpeg_fancy_upsampling": True} if on_gpu and color == "exact" else {}
         images = fn.decoders.image(
             files, device="mixed" if on_gpu else "cpu", output_type=types.RGB, adjust_orientation=False, **fancy
         )

@@ -39,6 +39,7 @@ def _seeded(config: Config, total_steps: int, world: int) -> MoCo | BYOL:
                 backbone,
                 dim=config.dim,
                 queue_size=config.queue_size,
+                queue_dtype=getattr(torch, config.queue_dtype),
                 momentum=config.momentum,
                 temperature=config.temperature,
                 head=config.head,

@@ -22,6 +22,8 @@ class MoCo(nn.Module):
         backbone: images N×3×H×W to features N×F (`fastssl.models.create_backbone`, a torchvision ResNet, a timm model).
         dim: D, components of queries and keys.
         queue_size: K, keys held; no multiple of the batch is needed.
+        queue_dtype: of the keys. If it is a half one, then under autocast the loss multiplies half queries and keys, as
+            the authors' formula does there, and sums in float32.
         momentum: m of the key encoder's update.
         temperature: T of the loss.
         head: "fc" or "mlp".
@@ -50,6 +52,7 @@ class MoCo(nn.Module):
         *,
         dim: int = 128,
         queue_size: int = 65536,
+        queue_dtype: torch.dtype = torch.float32,
         momentum: float = 0.999,
         temperature: float = 0.07,
         head: str = "mlp",
@@ -69,7 +72,7 @@ class MoCo(nn.Module):
         encoder = nn.Sequential(OrderedDict(backbone=split_batch_norms(backbone, bn_splits), projector=projector))
         self.encoder_q = encoder
         self.encoder_k = momentum_copy(encoder)
-        self.queue = ops.KeyQueue(queue_size, dim, generator=torch.Generator().manual_seed(seed))
+        self.queue = ops.KeyQueue(queue_size, dim, dtype=queue_dtype, generator=torch.Generator().manual_seed(seed))
         self._generator = torch.Generator().manual_seed(seed)
         self._stash: list[Tensor] = []
         self.embeddings: Tensor | None = None
@@ -126,8 +129,10 @@ class MoCo(nn.Module):
             q = self.encoder_q(view_q)  # queries: N×D
             with torch.no_grad():
                 k = self.encoder_k(view_k)  # keys: N×D
-        q, k = q.to(self.queue.keys.dtype), k.to(self.queue.keys.dtype)  # half under autocast; the loss is not
-        return ops.info_nce(q, k, self.queue.keys, self.temperature, negatives_normalized=True, valid=self.queue.valid)
+        keys = self.queue.keys
+        dtype = torch.promote_types(q.dtype, keys.dtype)  # half if both are, as under autocast with a half queue
+        q, k = q.to(dtype), k.to(dtype)
+        return ops.info_nce(q, k, keys, self.temperature, negatives_normalized=True, valid=self.queue.valid)
 
     def get_extra_state(self) -> Any:
         """The state of the permutations, so that a resumed run goes on with the same ones."""

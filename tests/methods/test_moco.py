@@ -161,6 +161,23 @@ def test_accumulated_micro_batches_are_all_enqueued() -> None:
     assert int(method.queue.tail) == 2 * N
 
 
+@pytest.mark.parametrize("autocast", [False, True])
+def test_a_half_queue_gives_the_same_loss_but_for_rounding(autocast: bool) -> None:
+    losses = []
+    for dtype in (torch.float32, torch.bfloat16):
+        torch.manual_seed(0)
+        method = MoCo(Tiny(), dim=16, queue_size=K, temperature=T, queue_dtype=dtype)
+        assert method.queue.keys.dtype == dtype
+        view_q, view_k = (view.float() for view in views()[0])
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            loss = method([view_q, view_k])
+        loss.backward()
+        method.after_step()
+        assert loss.dtype == torch.float32
+        losses.append(float(loss.detach()))
+    assert losses[0] != losses[1] and abs(losses[0] - losses[1]) < 0.02 * losses[0]
+
+
 def test_a_validation_loss_leaves_no_keys() -> None:
     method = make().eval()
     with torch.no_grad():
