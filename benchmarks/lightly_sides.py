@@ -185,14 +185,17 @@ class Apart(AbstractContextManager["Apart"]):
     Args:
         make: what to make there; it may have a method ``close``.
         arguments: of `make`.
+        on_gpu: whether it will use CUDA: the process is a fresh one then, for importing DALI has set CUDA up in the
+            server that others are forked from, and that does not survive a fork.
 
     Raises:
         EOFError: at a call, when the process has failed, which says why on stderr.
     """
 
-    def __init__(self, make: Callable[..., Any], *arguments: Any) -> None:
-        context = get_context("forkserver")
-        context.set_forkserver_preload(PRELOADED)
+    def __init__(self, make: Callable[..., Any], *arguments: Any, on_gpu: bool = False) -> None:
+        context: Any = get_context("spawn" if on_gpu else "forkserver")
+        if not on_gpu:
+            context.set_forkserver_preload(PRELOADED)
         self._pipe, theirs = context.Pipe()
         self._process = context.Process(target=_serve, args=(theirs, make, arguments))
         self._process.start()

@@ -132,7 +132,7 @@ class Batches:
 
     def __init__(self, case: Case, name: str) -> None:
         self._told = False
-        self._peer = Apart(Stream, name, case["images"], root(case), case.device)
+        self._peer = Apart(Stream, name, case["images"], root(case), case.device, on_gpu=case.device == "cuda")
 
     def __call__(self) -> Any:
         if self._told:

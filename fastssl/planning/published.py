@@ -49,6 +49,7 @@ class Published:
 
 
 HALF = torch.float16
+OURS = "`python -m benchmarks.trace_step`, 2026-11-22, benchmarks/results/gpu"
 RATES = (
     Published("ResNet-50, mixed precision", DEVICES["a100-80"], 1, 256, HALF, 2470, NVIDIA),
     Published("ResNet-50, mixed precision", DEVICES["a100-80"], 8, 256, HALF, 16621, NVIDIA),
@@ -57,6 +58,7 @@ RATES = (
     Published("ResNet-50, mixed precision", V100, 1, 256, HALF, 1156, NVIDIA),
     Published("ResNet-50, float32", V100, 1, 128, None, 356, NVIDIA),
     Published("MoCo v2, float32", V100, 8, 32, None, 1343, "53 h for 200 epochs: arXiv:1911.05722, section 4", True),
+    Published("MoCo v2, bfloat16, channels_last", DEVICES["h100"], 1, 256, torch.bfloat16, 2625, OURS, True),
 )  # fmt: skip
 
 
@@ -84,7 +86,7 @@ def predict(one: Published) -> Times:
     """The times of a step, without what only our step does: looking for gradients that are not finite."""
     config: Any = MoCoConfig(nonfinite_limit=0, bn_splits=1)
     if one.moco:
-        trace = trace_step(replace(config, channels_last=False), one.gpus, one.batch, one.dtype)
+        trace = trace_step(replace(config, channels_last=one.dtype is not None), one.gpus, one.batch, one.dtype)
     else:
         with world_of(one.gpus):
             trace = trace_method(

@@ -9,7 +9,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
 ATEN = torch.ops.aten
-HALF, TF32, FLOAT32, FUSED = "half", "tf32", "float32", "fused loss"
+HALF, TF32, FLOAT32, FUSED, HALF_FUSED = "half", "tf32", "float32", "fused loss", "half fused loss"
 # Passes over the first argument beyond those of reading every input once: batch norm reads x for its statistics first.
 AGAIN = {"native_batch_norm": 1, "native_batch_norm_backward": 2}
 KERNELS = {"native_batch_norm": 2, "native_batch_norm_backward": 2, "convolution_backward": 2}
@@ -28,7 +28,7 @@ class Work:
 
     Attributes:
         flops: of matrix products and convolutions, a multiply-add being two.
-        precision: of them: "half", "tf32", "float32", or "fused loss" (tf32, three products for one).
+        precision: of them: "half", "tf32", "float32", "fused loss" (tf32, three products for one) or "half fused loss".
         bytes: read and written, each tensor once or as often as the algorithm has to.
         kernels: started.
         calls: by the host, also of what starts no kernel.
@@ -102,7 +102,8 @@ def _special_bytes(name: str, args: Any, outputs: list[Tensor]) -> float | None:
 
 def _flops(func: Any, name: str, args: Any, kwargs: Any, out: Any, inputs: list[Tensor]) -> tuple[float, str]:
     if name.startswith("info_nce"):
-        return _info_nce_flops(name, args), FUSED
+        query = args[2] if name.startswith("info_nce_negatives") else args[0]
+        return _info_nce_flops(name, args), FUSED if query.element_size() == 4 else HALF_FUSED
     if name.startswith("_scaled_dot_product_flash_attention_for_cpu"):  # the registry has the GPU's only
         return _attention_flops(name, args), HALF if inputs[0].element_size() == 2 else TF32
     formula = flop_registry.get(func._overloadpacket)

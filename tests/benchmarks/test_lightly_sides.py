@@ -31,8 +31,9 @@ class Counter:
         raise SystemExit("meant")
 
 
-def test_apart_keeps_what_it_made() -> None:
-    with Apart(Counter, 3) as counter:
+@pytest.mark.parametrize("on_gpu", [False, True])
+def test_apart_keeps_what_it_made(on_gpu: bool) -> None:
+    with Apart(Counter, 3, on_gpu=on_gpu) as counter:
         assert counter("add", 1) == 4
         assert counter("add", 2) == 6
 
