@@ -11,6 +11,8 @@ from nvidia.dali import fn, pipeline_def, types
 from fastssl.data import dali_color
 from fastssl.data.augmentation import HorizontalFlip, RandomResizedCrop, RandomShift, View
 
+# Added before rounding: DALI rounds halves to the even neighbour, PIL upwards, and float32 misses some by a little.
+ROUND_UP = 1 / 2048
 INTERPOLATION = {"bilinear": types.INTERP_LINEAR, "bicubic": types.INTERP_CUBIC}
 
 
@@ -29,7 +31,8 @@ def build(
 
     Its inputs are "images" (files as 1-d uint8, or H×W×3), those of `geometry.inputs` with the number of the view
     behind their names ("corner0", …), and with color="dali" "color0", … (`fastssl.ops.draw_augmentation`). Its outputs
-    are one a view: size×size×3, uint8, or with color="dali" normalised in float32.
+    are one a view: size×size×3, uint8 (from a bilinear crop float32, still to be rounded), or with color="dali" normalised
+    in float32.
 
     Args:
         views: the recipe.
@@ -72,10 +75,12 @@ def _graph(
             images = images.gpu()
     results = []
     for number, view in enumerate(views):
-        result = _view(view.size, steps[number], images, _Inputs(number))
+        result = _view(view.size, steps[number], images, _Inputs(number, on_gpu), color == "exact")
         if color == "dali":
             # DALI removes inputs that nothing uses, and then they cannot be fed.
-            result = dali_color.apply(view, result, _Inputs(number).floats("color") if view.photometric else None)
+            result = dali_color.apply(
+                view, result, _Inputs(number, on_gpu).floats("color") if view.photometric else None
+            )
         results.append(result)
     return tuple(results)
 
@@ -83,19 +88,24 @@ def _graph(
 class _Inputs:
     """What a view is fed with every batch."""
 
-    def __init__(self, number: int) -> None:
-        self._number = number
+    def __init__(self, number: int, on_gpu: bool) -> None:
+        self._number, self._on_gpu = number, on_gpu
 
     def floats(self, name: str) -> Any:
         return fn.external_source(name=f"{name}{self._number}", dtype=types.FLOAT, ndim=1)
+
+    def weights(self, name: str) -> Any:
+        """Of a whole image, where images are."""
+        values = fn.external_source(name=f"{name}{self._number}", dtype=types.FLOAT, ndim=3)
+        return values.gpu() if self._on_gpu else values
 
     def integers(self, name: str, ndim: int = 1) -> Any:
         return fn.external_source(name=f"{name}{self._number}", dtype=types.INT32, ndim=ndim)
 
 
-def _view(size: int, steps: dict[type, Any], images: Any, inputs: _Inputs) -> Any:
+def _view(size: int, steps: dict[type, Any], images: Any, inputs: _Inputs, exact: bool) -> Any:
     if RandomResizedCrop in steps:
-        result = _resized(_sliced(images, inputs), inputs, size, steps[RandomResizedCrop].interpolation)
+        result = _resized(_sliced(images, inputs), inputs, size, steps[RandomResizedCrop].interpolation, exact)
     else:
         whole = fn.resize(images, size=inputs.floats("whole"), interp_type=types.INTERP_LINEAR, antialias=True)
         result = _sliced(whole, inputs)
@@ -116,9 +126,36 @@ def _sliced(images: Any, inputs: _Inputs) -> Any:
     )
 
 
-def _resized(crop: Any, inputs: _Inputs, size: int, interpolation: str) -> Any:
-    """Resize along the width, then along the height: PIL and torchvision round to 8 bits in between."""
+def _resized(crop: Any, inputs: _Inputs, size: int, interpolation: str, exact: bool) -> Any:
+    """Resize along the width, then along the height: PIL and torchvision round to 8 bits in between.
+
+    If `exact`, the result of bilinear is not rounded yet: the loader does it for a batch, in half the time.
+    """
     kind = {"interp_type": INTERPOLATION[interpolation], "antialias": True}
+    kind["dtype"] = types.FLOAT if interpolation == "bicubic" else types.UINT8
     start, end = inputs.floats("start"), inputs.floats("end")
     narrow = fn.resize(crop, size=inputs.floats("narrow"), roi_start=start, roi_end=end, **kind)
-    return fn.resize(narrow, size=[size, size], **kind)
+    if interpolation == "bicubic":
+        side = inputs.integers("side")
+        first, last = (fn.slice(crop, inputs.integers(name), side, axes=(0, 1)) for name in ("first", "last"))
+        narrow = _rounded(_without_outside(narrow, first, last, inputs, "column"))
+    if exact:
+        kind["dtype"] = types.FLOAT
+    result = fn.resize(narrow, size=[size, size], **kind)
+    if interpolation == "bicubic":
+        across = types.Constant([1, size], dtype=types.INT32, device="cpu")
+        corner = types.Constant([0, 0], dtype=types.INT32, device="cpu")
+        top, bottom = (fn.slice(narrow, at, across, axes=(0, 1)) for at in (corner, inputs.integers("bottom")))
+        result = _rounded(_without_outside(result, top, bottom, inputs, "row"))
+    return result
+
+
+def _without_outside(result: Any, first: Any, last: Any, inputs: _Inputs, along: str) -> Any:
+    """What DALI gave to border pixels for weights outside of the image taken away, as `geometry.border` says."""
+    before, after, gain = (inputs.weights(f"{part}_{along}") for part in ("before", "after", "gain"))
+    return (result - before * first - after * last) * gain
+
+
+def _rounded(x: Any) -> Any:
+    """To 8 bits, halves upwards."""
+    return fn.brightness_contrast(x, brightness_shift=ROUND_UP / 255, dtype=types.UINT8)

@@ -170,6 +170,8 @@ class DaliLoader:
             if self.options.color == "dali":
                 views.append(images.permute(0, 3, 1, 2).to(self.options.dtype, copy=True))
                 continue
+            if images.dtype == torch.float32:
+                images = _rounded(images)
             steps, parameters = self.photometric[number], self._colors(batch, epoch, number)
             with one_thread(0 if gpu else batch.size * view.size**2):
                 views.append(
@@ -227,3 +229,12 @@ class DaliLoader:
         except DataError as error:
             raise damaged.report(batch.items, error) from None
         return [np.frombuffer(encoded, np.uint8) for encoded, _ in read], torch.tensor([size for _, size in read])
+
+
+def _rounded(images: Tensor) -> Tensor:
+    """To 8 bits, halves upwards; `images`, 0…255 in float32, are overwritten. A few at a time, which a cache holds."""
+    result = torch.empty_like(images, dtype=torch.uint8)
+    at_once = len(images) if images.is_cuda else 4
+    for some, to in zip(images.split(at_once), result.split(at_once), strict=True):
+        to.copy_(some.add_(0.5 + dali_graph.ROUND_UP))  # which cuts off
+    return result

@@ -64,8 +64,10 @@ def inputs(view: View, drawn: Tensor, sizes: Tensor | Sequence[int]) -> dict[str
     Returns:
         "corner" and "extent" of the pixels to take, int32; for a random crop "narrow", the size after the first of
         two resizes, and "start" and "end" of the part to resize, which runs from right to left where it is flipped;
-        without one "whole", the size to which the image is resized before; "shift" and "flip" where they come apart.
-        Each N×2 but "flip", which is N.
+        for a bicubic one also the corners of the crop's border columns ("first", "last", of extent "side") and of
+        its lower border row ("bottom"), and for rows and columns what `border` says; without a crop
+        "whole", the size to which the image is resized before; "shift" and "flip" where they come apart.
+        Each N×2 but "flip", which is N, and those of `border`.
     """
     kinds = {type(step) for step in view.geometry}
     crop = next((step for step in view.geometry if isinstance(step, RandomResizedCrop)), None)
@@ -87,7 +89,59 @@ def inputs(view: View, drawn: Tensor, sizes: Tensor | Sequence[int]) -> dict[str
             "start": torch.stack([torch.zeros_like(h), right], 1),
             "end": torch.stack([h, w - right], 1),
         }
+        if crop.interpolation == "bicubic":
+            result |= _borders(box[:, 2], box[:, 3], right.long() > 0, view.size)
     return result | apart
+
+
+def border(extent: Tensor, size: int) -> tuple[Tensor, Tensor, Tensor]:
+    """What becomes of the weights of a bicubic resize that lie outside of the image.
+
+    DALI gives them to the border pixel; PIL leaves them out and divides by the others (ImagingResample's
+    precompute_coeffs). So PIL's pixel is (DALI's - before·first pixel - after·last pixel)·gain.
+
+    Args:
+        extent: pixels that are resized, N integers.
+        size: pixels afterwards.
+
+    Returns:
+        before, after, gain: N×size float32; 0, 0 and 1 but near the border.
+    """
+    scale = extent.double() / size
+    stretch = scale.clamp(min=1.0)  # of the filter, which is 2 pixels wide on each side
+    rows = min(size, int((2 * stretch / scale).max().ceil()))  # whose window may begin before the first pixel
+    centre = (torch.arange(rows) + 0.5) * scale[:, None]
+    window = torch.arange(2 * int((2 * stretch).max().ceil()) + 2)
+    pixel = (centre - 2 * stretch[:, None]).floor()[..., None] + window  # N×rows×taps
+    weights = _cubic((pixel + 0.5 - centre[..., None]) / stretch[:, None, None])
+    before = torch.zeros(len(extent), size, dtype=torch.float64)
+    before[:, :rows] = torch.where(pixel < 0, weights, 0.0).sum(2) / weights.sum(2)
+    after = before.flip(1)
+    gain = 1 / (1 - before - after)
+    return before.float(), after.float(), gain.float()
+
+
+def _cubic(x: Tensor) -> Tensor:
+    """PIL's bicubic filter, of Keys with a = -1/2."""
+    x = x.abs()
+    near, far = (1.5 * x - 2.5) * x * x + 1, ((-0.5 * x + 2.5) * x - 4) * x + 2
+    return torch.where(x < 1, near, torch.where(x < 2, far, 0.0))
+
+
+def _borders(height: Tensor, width: Tensor, flipped: Tensor, size: int) -> dict[str, Tensor]:
+    """For `inputs`; a flipped crop's first column is its right one."""
+    zero = torch.zeros_like(width)
+    first, last = torch.where(flipped, width - 1, zero), torch.where(flipped, zero, width - 1)
+    result = {
+        "side": torch.stack([height, torch.ones_like(height)], 1).int(),
+        "first": torch.stack([zero, first], 1).int(),
+        "last": torch.stack([zero, last], 1).int(),
+        "bottom": torch.stack([height - 1, zero], 1).int(),
+    }
+    for name, extent, shape in (("row", height, (-1, size, 1, 1)), ("column", width, (-1, 1, size, 1))):
+        for part, values in zip(("before", "after", "gain"), border(extent, size), strict=True):
+            result[f"{part}_{name}"] = values.view(shape)
+    return result
 
 
 def _centre(size: int, height: Tensor, width: Tensor) -> dict[str, Tensor]:

@@ -93,11 +93,12 @@ def test_geometry_is_torchvisions(name: str, stored: bool, jpegs: Path) -> None:
     drawn = geometry.draw(view, 64, loader.generator(0, 0, 0, "geometry"))
     theirs = expected(view, [decoded(images, i) for i in range(64)], drawn)
     difference = (ours * 255 - theirs).abs()
-    # DALI repeats the pixels at a border where torchvision gives their neighbours more weight: seen when shrinking, and
-    # with bicubic's wide filter.
+    if name == "crop" and not stored:  # a filter that reaches beyond no border: the same bytes
+        assert difference.max() < 1e-3
+    # Without a crop, and where bilinear shrinks, DALI repeats the pixels at a border which PIL leaves out.
     assert difference[:, :, 6:-6, 6:-6].max() <= 2
-    assert difference.max() <= 8
-    assert difference.mean() < 0.35
+    assert difference.max() <= (2.01 if name == "bicubic" else 8)
+    assert difference.mean() < (0.35 if name in ("shift", "evaluation") or stored else 0.02)
 
 
 RECIPES = {
@@ -111,10 +112,7 @@ RECIPES = {
 
 @pytest.mark.parametrize("name", RECIPES)
 def test_whole_recipes_are_torchvisions(name: str) -> None:
-    """Over 256 images each: mean difference below 1/255, and none above 8/255.
-
-    Some few are, but only at their border, where a bicubic crop is not blurred.
-    """
+    """Over 256 images each: mean difference below 1/255, and none above 8/255."""
     count, batch = 256, 128
     view, images = View(32, RECIPES[name], **NEITHER), arrays(count)
     loader = DaliLoader(images, (view,), Order(count, batch, shuffle=False), EXACT)
@@ -130,7 +128,7 @@ def test_whole_recipes_are_torchvisions(name: str) -> None:
             above += int(difference.max() > 8.01)
             total += float(difference.mean())
     assert total / count < 1
-    assert above <= (count // 100 if name == "byol_t_prime" else 0)
+    assert above == 0
 
 
 @pytest.mark.parametrize(("count", "low", "high"), [(24, 30, 60)])

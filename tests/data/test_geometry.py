@@ -53,6 +53,25 @@ def test_images_of_many_sizes_are_cropped_at_once(generator: torch.Generator) ->
         assert (together[:, :2] + together[:, 2:] <= sizes).all()
 
 
+@pytest.mark.parametrize("extent", [1, 3, 9, 20, 32, 61, 100, 555])
+def test_border_is_the_difference_between_pil_and_repeated_pixels(extent: int) -> None:
+    """By resizing a row by hand, once with pixels repeated beyond its ends."""
+    size, reach = 24, 3 * max(extent, 24)
+    row = torch.rand(extent, dtype=torch.float64, generator=torch.Generator().manual_seed(extent))
+    scale, stretch = extent / size, max(1.0, extent / size)
+    at = torch.arange(-reach, extent + reach)
+    repeated, pil = torch.empty(size, dtype=torch.float64), torch.empty(size, dtype=torch.float64)
+    for out in range(size):
+        weights = geometry._cubic((at + 0.5 - (out + 0.5) * scale) / stretch)
+        inside = (at >= 0) & (at < extent)
+        repeated[out] = (weights * row[at.clamp(0, extent - 1)]).sum() / weights.sum()
+        pil[out] = (weights[inside] * row).sum() / weights[inside].sum()
+    [before], [after], [gain] = geometry.border(torch.tensor([extent]), size)
+    assert ((repeated - before * row[0] - after * row[-1]) * gain - pil).abs().max() < 1e-5
+    together = geometry.border(torch.tensor([extent, 7, 3000]), size)
+    assert all((one[0] - alone).abs().max() < 1e-6 for one, alone in zip(together, (before, after, gain), strict=True))
+
+
 def test_the_centre_of_images_of_many_sizes_is_torchvisions() -> None:
     sizes = [(32, 50), (33, 50), (64, 32), (100, 41), (7, 300), (45, 45)]
     given = geometry.inputs(View(32, ()), torch.zeros(len(sizes), geometry.COLUMNS), torch.tensor(sizes))
