@@ -31,8 +31,8 @@ def build(
 
     Its inputs are "images" (files as 1-d uint8, or H×W×3), those of `geometry.inputs` with the number of the view
     behind their names ("corner0", …), and with color="dali" "color0", … (`fastssl.ops.draw_augmentation`). Its outputs
-    are one a view: size×size×3, uint8 (from a bilinear crop float32, still to be rounded), or with color="dali" normalised
-    in float32.
+    are one a view: size×size×3, uint8 (from a bilinear crop float32, still to be rounded), or with color="dali"
+    normalised in float32.
 
     Args:
         views: the recipe.
