@@ -221,7 +221,7 @@ def negatives_work(a: Row) -> Work:
 
 
 def norms_work(a: Row) -> Work:
-    """One number for each query."""
+    """One number for each row."""
     once = nbytes(a["x"], a["result"])
     return Work(0, 0, 0, once, once, 0, ceil(a["rows"], a["BLOCK_ROWS"]), sass.Trips(1), hot=True)
 

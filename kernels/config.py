@@ -48,7 +48,7 @@ class BlurTile(NamedTuple):
 # spares registers; the keys are then read a second time from the cache.
 Table = dict[int, tuple[int, int, int, int, int]]
 HALF: Table = {64: (128, 64, 64, 8, 3), 128: (128, 64, 64, 8, 3), 256: (64, 64, 64, 8, 2)}
-TF32: Table = {64: (128, 64, 64, 8, 3), 128: (64, 64, 32, 8, 2), 256: (64, 64, 32, 8, 2)}
+TF32: Table = {64: (64, 64, 64, 8, 3), 128: (64, 64, 32, 8, 2), 256: (64, 64, 32, 8, 2)}
 TF32X3: Table = {64: (64, 32, 16, 8, 2), 128: (64, 32, 32, 8, 2), 256: (32, 32, 32, 8, 2)}
 # wgmma and tcgen05 take keys from shared memory, which spares registers.
 HALF_HOPPER: Table = {**HALF, 128: (128, 64, 128, 8, 3)}

@@ -48,6 +48,7 @@ def info_nce_split(
     BLOCK_DIM: tl.constexpr,  # of the accumulator
     BLOCK_PRODUCT: tl.constexpr,  # columns of q·k at once, if IN_PARTS
     IN_PARTS: tl.constexpr,
+    NORMALIZED: tl.constexpr,
     EXCLUDE_DIAGONAL: tl.constexpr,
     GRADIENTS: tl.constexpr,
     WIDE: tl.constexpr,  # products in float32
@@ -120,7 +121,7 @@ def info_nce_split(
             products = tl.dot(q, tl.trans(k), input_precision=PRECISION)
         # Norms of keys come from another kernel: if registers read this tile too, Triton (3.6 to 3.8) has a buffer too
         # few for it, and the copy of a later tile overwrites it while the second product still reads it.
-        if key_factors is not None:
+        if not NORMALIZED:
             key_factor = tl.load(key_factors + column)
             products *= key_factor[None, :]
         if EXCLUDE_DIAGONAL:
@@ -132,7 +133,7 @@ def info_nce_split(
         total = total * decay + tl.sum(p, 1)
         maximum = higher
         if GRADIENTS:
-            if key_factors is not None:
+            if not NORMALIZED:
                 p *= key_factor[None, :]
             k = widen(k, WIDE_VALUES)
             p = narrow(p, tl.float32 if WIDE_VALUES else keys.dtype.element_ty)
@@ -154,7 +155,7 @@ def tuned(where: config.Chip, tile: config.Tile) -> Any:
         triton.Config({"BLOCK_ROWS": t.rows, "BLOCK_COLUMNS": t.columns}, num_warps=t.warps, num_stages=t.stages)
         for t in config.candidates(where, tile)
     ]
-    return triton.autotune(tries, key=["rows", "columns", "DIM", "GRADIENTS"])(info_nce_split)
+    return triton.autotune(tries, key=["rows", "columns", "DIM", "NORMALIZED", "GRADIENTS"])(info_nce_split)
 
 
 def split_pass(
@@ -207,6 +208,7 @@ def split_pass(
         BLOCK_DIM=tile.dim,
         BLOCK_PRODUCT=tile.product,
         IN_PARTS=tile.product < config.block(dim),
+        NORMALIZED=normalized,
         EXCLUDE_DIAGONAL=exclude_diagonal,
         GRADIENTS=gradients,
         WIDE=wide,

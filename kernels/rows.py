@@ -69,9 +69,10 @@ def largest(x: tl.tensor, axis: tl.constexpr) -> tl.tensor:
 def power_of_two(most: tl.tensor) -> tl.tensor:
     """The power of two p with 1 ≤ p·most < 2, where `most` is what `largest` found in a row (at least eps).
 
-    Rows scaled by it keep every bit, in half precision too, and the product with another row does not overflow. Of a
-    norm it must not be taken: the compiler may sum twice, in two layouts and orders, and where one sum is just below 1
-    and the other is 1 the two powers differ by a factor of 2. A maximum is the same in every order.
+    Rows scaled by it keep every bit, in half precision too, and their norms are below 2·√D: so the product with another
+    row overflows only from norms of 1.7e38/√D on. Of a norm it must not be taken: the compiler may sum twice, in two
+    layouts and orders, and where one sum is just below 1 and the other is 1 the two powers differ by a factor of 2. A
+    maximum is the same in every order.
     """
     exponent = tl.maximum(most, EPS).to(tl.int32, bitcast=True) & 0x7F800000
     return tl.maximum(0x7F000000 - exponent, 0x00800000).to(tl.float32, bitcast=True)  # normal, or it would be 0

@@ -137,7 +137,11 @@ def _resized(crop: Any, inputs: _Inputs, size: int, interpolation: str, exact: b
     narrow = fn.resize(crop, size=inputs.floats("narrow"), roi_start=start, roi_end=end, **kind)
     if interpolation == "bicubic":
         side = inputs.integers("side")
-        first, last = (fn.slice(crop, inputs.integers(name), side, axes=(0, 1)) for name in ("first", "last"))
+        cut: dict[str, Any] = {
+            "axes": (0, 1),
+            "out_of_bounds_policy": "pad",
+        }  # as `_sliced`: it may be smaller than PIL says
+        first, last = (fn.slice(crop, inputs.integers(name), side, **cut) for name in ("first", "last"))
         narrow = _rounded(_without_outside(narrow, first, last, inputs, "column"))
     if exact:
         kind["dtype"] = types.FLOAT

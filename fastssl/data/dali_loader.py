@@ -170,10 +170,10 @@ class DaliLoader:
             if self.options.color == "dali":
                 views.append(images.permute(0, 3, 1, 2).to(self.options.dtype, copy=True))
                 continue
-            if images.dtype == torch.float32:
-                images = _rounded(images)
             steps, parameters = self.photometric[number], self._colors(batch, epoch, number)
             with one_thread(0 if gpu else batch.size * view.size**2):
+                if images.dtype == torch.float32:
+                    images = _rounded(images)
                 views.append(
                     augment_(images, steps, parameters, mean=view.mean, std=view.std, dtype=self.options.dtype)
                 )

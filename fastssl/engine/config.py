@@ -141,7 +141,7 @@ class MoCoConfig(Recipe, RunOptions):
     queue_size: int = 65536
     """Keys in the queue."""
     queue_dtype: Literal["float32", "bfloat16", "float16"] = "float32"
-    """Of the keys, and of the loss's products; a half one takes half the memory, and on GPUs a fraction of the time."""
+    """Of the keys. A half one takes half the memory; if it is also the precision's, the loss multiplies in it."""
     momentum: float = 0.999
     """Momentum m of the key encoder."""
     temperature: float = 0.2

@@ -22,8 +22,8 @@ class MoCo(nn.Module):
         backbone: images N×3×H×W to features N×F (`fastssl.models.create_backbone`, a torchvision ResNet, a timm model).
         dim: D, components of queries and keys.
         queue_size: K, keys held; no multiple of the batch is needed.
-        queue_dtype: of the keys. If it is a half one, then under autocast the loss multiplies half queries and keys, as
-            the authors' formula does there, and sums in float32.
+        queue_dtype: of the keys. Under autocast to the same half dtype the loss multiplies half queries and keys, as
+            the authors' formula does there, and sums in float32; otherwise queries stay float32.
         momentum: m of the key encoder's update.
         temperature: T of the loss.
         head: "fc" or "mlp".

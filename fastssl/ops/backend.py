@@ -95,7 +95,7 @@ def only_reference(op: str, why: str) -> Callable[..., Any]:
 def use_backend(name: str) -> Iterator[None]:
     """Run every op inside the ``with`` block on the backend `name`; wins over ``FASTSSL_BACKEND``.
 
-    It holds for all threads of the process.
+    It holds for all threads of the process, so blocks of several threads must not overlap.
 
     Raises:
         FastsslError: `name` is not a backend; inside the block, an op that cannot run on it says why.
