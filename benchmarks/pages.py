@@ -204,9 +204,7 @@ def skipped_section(run: Run) -> list[str]:
 def method_section(run: Run, name: str) -> list[str]:
     """Machine, versions and method."""
     m = run.machine
-    facts = [
-        f"Measured on {m.device}, {run.date}, from `{name}`" + (f" at commit {run.commit[:12]}" if run.commit else "")
-    ]
+    facts = [f"Measured on {m.device}, {run.date}, from `{name}`" + (f" at commit {run.commit}" if run.commit else "")]
     facts += [f"CPU {m.cpu}, {m.threads} threads, load {m.load:g} when the run began"]
     if m.gpu:
         facts += [f"GPU {m.gpu}, driver {m.driver or 'unknown'}, CUDA {m.cuda or 'unknown'}"]

@@ -137,7 +137,7 @@ class Run:
 
     machine: Machine
     date: str  # YYYY-MM-DD
-    commit: str  # "" where it is not known
+    commit: str  # "" where it is not known; with what was changed since
     rows: tuple[Row, ...]
     comparisons: tuple[Comparison, ...]
     skipped: tuple[Skipped, ...]
@@ -330,10 +330,15 @@ def load(path: Path | str) -> Run:
     return Run(
         machine=read_machine(get(content, "machine_info", (dict,), where), path),
         date=get(content, "datetime", (str,), where)[:10],
-        commit=str(commit.get("id") or "") if isinstance(commit, dict) else "",
+        commit=_commit(commit) if isinstance(commit, dict) else "",
         rows=rows,
         comparisons=compared(rows),
         skipped=tuple(
             read_skipped(entry, number, path) for number, entry in enumerate(get(content, "skipped", (list,), where))
         ),
     )
+
+
+def _commit(info: dict[str, Any]) -> str:
+    name = str(info.get("id") or "")[:12]
+    return f"{name} and changes not committed then" if name and info.get("dirty") else name

@@ -56,7 +56,7 @@ def content(entries: Iterable[dict[str, Any]], skips: Iterable[dict[str, Any]] =
     """A whole file."""
     return {
         "datetime": "2026-11-22T12:00:00+00:00",
-        "commit_info": {"id": "0123456789abcdef"},
+        "commit_info": {"id": "0123456789abcdef", "dirty": True},
         "machine_info": {"python_version": "3.11", "fastssl": {**MACHINE, **machine}},
         "benchmarks": list(entries),
         "skipped": list(skips),

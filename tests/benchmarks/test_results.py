@@ -25,7 +25,7 @@ def test_everything_is_read(tmp_path: Path) -> None:
     assert (row.op, row.case, row.side, row.median, row.title) == ("info_nce", QUEUE, "one", 2.0, "test_it[one]")
     assert row.spread == 0.25
     assert (skip.op, skip.case, skip.device, skip.side, skip.reason) == ("info_nce", QUEUE, "cpu", "two", "no GPU")
-    assert (run.date, run.commit) == ("2026-11-22", "0123456789abcdef")
+    assert (run.date, run.commit) == ("2026-11-22", "0123456789ab and changes not committed then")
     assert vars(run.machine) == {**MACHINE, "threads": 3}
 
 
