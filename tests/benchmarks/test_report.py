@@ -119,7 +119,8 @@ def test_an_exponent_that_is_off_is_bold(tmp_path: Path) -> None:
 
 def test_how_it_was_measured(tmp_path: Path) -> None:
     text = section(body(run_of(tmp_path, *entries(), quick=True)), "How it was measured")
-    assert "- Measured on Made-up CPU, 2 threads, 2026-11-22, from `made_up.json` at commit 0123456789ab\n" in text
+    where = "2026-11-22, from `made_up.json` at commit 0123456789ab and changes not committed then"
+    assert f"- Measured on Made-up CPU, 2 threads, {where}\n" in text
     assert "- CPU Made-up CPU, 2 threads, load 0.25 when the run began" in text
     assert (
         "- What the machine itself does (cpu): 100 Gop/s in matrix products of float32, 30.0 GB/s in the triad" in text
