@@ -53,10 +53,14 @@ def make_parts(folder: Path, names: Sequence[str], quick: bool) -> list[Part]:
     suites = [file for file in sorted((ROOT / "benchmarks").glob("test_*.py")) if file.stem not in ON_CPU]
     runs = [(f"{file.stem}{case}", file, case) for file in suites for case in SPLIT.get(file.stem, ("",))]
     parts = [
-        Part("tests", (
+        Part(
+            "tests",
+            (
                 *(pytest(folder, "tests", file, *SEVERAL) for file in whole),
                 *(pytest(folder, "tests", file, "-m", "gpu") for file in marked),
-            ), files=("tests-*.log",)),
+            ),
+            files=("tests-*.log",),
+        ),
         Part(
             "bench",
             tuple(

@@ -132,26 +132,21 @@ def _resized(crop: Any, inputs: _Inputs, size: int, interpolation: str, exact: b
     If `exact`, the result of bilinear is not rounded yet: the loader does it for a batch, in half the time.
     """
     kind = {"interp_type": INTERPOLATION[interpolation], "antialias": True}
-    kind["dtype"] = types.FLOAT if interpolation == "bicubic" else types.UINT8
-    start, end = inputs.floats("start"), inputs.floats("end")
-    narrow = fn.resize(crop, size=inputs.floats("narrow"), roi_start=start, roi_end=end, **kind)
-    if interpolation == "bicubic":
-        side = inputs.integers("side")
-        cut: dict[str, Any] = {
-            "axes": (0, 1),
-            "out_of_bounds_policy": "pad",
-        }  # as `_sliced`: it may be smaller than PIL says
-        first, last = (fn.slice(crop, inputs.integers(name), side, **cut) for name in ("first", "last"))
-        narrow = _rounded(_without_outside(narrow, first, last, inputs, "column"))
-    if exact:
-        kind["dtype"] = types.FLOAT
-    result = fn.resize(narrow, size=[size, size], **kind)
-    if interpolation == "bicubic":
-        across = types.Constant([1, size], dtype=types.INT32, device="cpu")
-        corner = types.Constant([0, 0], dtype=types.INT32, device="cpu")
-        top, bottom = (fn.slice(narrow, at, across, axes=(0, 1)) for at in (corner, inputs.integers("bottom")))
-        result = _rounded(_without_outside(result, top, bottom, inputs, "row"))
-    return result
+    part = {"size": inputs.floats("narrow"), "roi_start": inputs.floats("start"), "roi_end": inputs.floats("end")}
+    if interpolation == "bilinear":
+        narrow = fn.resize(crop, **part, **kind)
+        return fn.resize(narrow, size=[size, size], dtype=types.FLOAT if exact else types.UINT8, **kind)
+
+    side = inputs.integers("side")
+    cut: dict[str, Any] = {"axes": (0, 1), "out_of_bounds_policy": "pad"}  # as `_sliced`: DALI may see a smaller image
+    first, last = (fn.slice(crop, inputs.integers(name), side, **cut) for name in ("first", "last"))
+    narrow = fn.resize(crop, dtype=types.FLOAT, **part, **kind)
+    narrow = _rounded(_without_outside(narrow, first, last, inputs, "column"))
+
+    corner, across = (types.Constant(xy, dtype=types.INT32, device="cpu") for xy in ([0, 0], [1, size]))
+    top, bottom = (fn.slice(narrow, at, across, axes=(0, 1)) for at in (corner, inputs.integers("bottom")))
+    result = fn.resize(narrow, size=[size, size], dtype=types.FLOAT, **kind)
+    return _rounded(_without_outside(result, top, bottom, inputs, "row"))
 
 
 def _without_outside(result: Any, first: Any, last: Any, inputs: _Inputs, along: str) -> Any:
