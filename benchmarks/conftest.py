@@ -48,12 +48,13 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 def turns(request: pytest.FixtureRequest, benchmark: BenchmarkFixture) -> Iterator[Callable[..., None]]:
     """``turns(case, side, check=None, alone=False)``: measure this side of the case and report it.
 
-    `check(case, result)` asserts that a side computes what is expected. `alone`: not in turns with the others, for
-    sides that work ahead while it is not their turn.
+    `check(case, result)` asserts that a side computes what is expected; it is the same for all cases of a test.
+    `alone`: not in turns with the others, for sides that would work on while it is not their turn.
     """
     stash = request.config.stash
     if _turns not in stash:
-        stash[_turns] = Turns(request.session.items, request.config.getoption("--quick"))
+        reporter: Any = request.config.pluginmanager.get_plugin("terminalreporter")
+        stash[_turns] = Turns(request.session.items, request.config.getoption("--quick"), reporter.write_line)
 
     def run(case: Case, side: Side, check: Check | None = None, alone: bool = False) -> None:
         report(benchmark, case, stash[_turns].measure(request.node, case, side, check, alone))

@@ -27,8 +27,9 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms import v2
 
+from benchmarks.apart import Apart
 from benchmarks.lightly_byol import LightlyBYOLStep
-from benchmarks.lightly_sides import CPU, WORKERS, Apart, Training, training
+from benchmarks.lightly_sides import CPU, WORKERS, Training, training
 from fastssl.data import augmentation as aug
 from fastssl.data.sources import Images, load_image
 from fastssl.engine.build import build_method

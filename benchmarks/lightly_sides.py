@@ -1,6 +1,6 @@
 """Who trains in the benchmarks of steps: ours as the command line runs it, lightly's, and the bare backbone.
 
-Each trains in a process of its own (`Apart`): the Trainer sets the memory allocator of its process, and that stays;
+Each trains in a process of its own (apart.py): the Trainer sets the memory allocator of its process, and that stays;
 lightly's users have not set it.
 """
 
@@ -10,9 +10,6 @@ import tempfile
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Generator, Iterable
-from contextlib import AbstractContextManager
-from multiprocessing import get_context
-from multiprocessing.connection import Connection
 from typing import Any
 
 import torch
@@ -31,8 +28,6 @@ from fastssl.train import parse
 
 CPU = torch.device("cpu")
 WORKERS = 2  # of a loader: processes or threads
-# Imported once, by the server that processes are forked from: it has no threads, loaders or allocator settings yet.
-PRELOADED = ["benchmarks.lightly_sides", "benchmarks.lightly_moco", "benchmarks.lightly_byol", "fastssl.data.loader"]
 
 
 class Training(ABC):
@@ -177,53 +172,3 @@ def endless(batches: Callable[[int], Iterable[list[Tensor]]]) -> Generator[list[
     """The batches of epoch after epoch; closing it closes the epoch under way."""
     for epoch in itertools.count():
         yield from batches(epoch)
-
-
-class Apart(AbstractContextManager["Apart"]):
-    """Something that lives in a process of its own, with its own allocator, threads and workers.
-
-    Args:
-        make: what to make there; it may have a method ``close``.
-        arguments: of `make`.
-        on_gpu: whether it will use CUDA: the process is a fresh one then, for importing DALI has set CUDA up in the
-            server that others are forked from, and that does not survive a fork.
-
-    Raises:
-        EOFError: at a call, when the process has failed, which says why on stderr.
-    """
-
-    def __init__(self, make: Callable[..., Any], *arguments: Any, on_gpu: bool = False) -> None:
-        context: Any = get_context("spawn" if on_gpu else "forkserver")
-        if not on_gpu:
-            context.set_forkserver_preload(PRELOADED)
-        self._pipe, theirs = context.Pipe()
-        self._process = context.Process(target=_serve, args=(theirs, make, arguments))
-        self._process.start()
-        theirs.close()  # so that its end is seen here
-
-    def __call__(self, name: str, *arguments: Any) -> Any:
-        """Call a method there, and wait for what it returns."""
-        self._pipe.send((name, arguments))
-        return self._pipe.recv()
-
-    def close(self) -> None:
-        """End the process."""
-        self._pipe.close()
-        self._process.join(timeout=20)
-        if self._process.is_alive():
-            self._process.kill()
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
-
-
-def _serve(pipe: Connection, make: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
-    made = make(*arguments)
-    while True:
-        try:
-            name, given = pipe.recv()
-        except EOFError:
-            break
-        pipe.send(getattr(made, name)(*given))
-    if hasattr(made, "close"):
-        made.close()

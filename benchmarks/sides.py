@@ -7,6 +7,8 @@ from typing import Any, Literal
 import pytest
 import torch
 
+from benchmarks.clocks import peak_memory
+
 DEVICES = ("cpu", "cuda")
 # A side's `make` calls this when the side cannot run here: pytest.skip, so that importorskip may be used too.
 unavailable = pytest.skip
@@ -55,14 +57,53 @@ class Case:
         return "-".join([self.device, *(str(v) if isinstance(v, str) else f"{k}{v}" for k, v in self.axes)])
 
 
+class Call:
+    """What is timed. A side's `make` gives one where a plain function will not do."""
+
+    seconds = 5e-3  # that a sample takes at least; shorter calls are repeated
+
+    def __call__(self) -> Any:
+        """Do it; what it returns is checked the first time."""
+        raise NotImplementedError
+
+    def settle(self) -> None:
+        """Wait for what a call has left to be done: after every call, and not timed."""
+
+    def wake(self) -> None:
+        """Its turn begins."""
+
+    def rest(self) -> None:
+        """Its turn ends: no work may go on."""
+
+    def peak_memory(self, device: str) -> int | None:
+        """Bytes that it needs beyond what was there before; None where that cannot be told."""
+        return peak_memory(self, device)
+
+    def close(self) -> None:
+        """Let go of all that it holds."""
+
+
+class Function(Call):
+    """A function that is timed.
+
+    Args:
+        function: without arguments.
+    """
+
+    def __init__(self, function: Callable[[], Any]) -> None:
+        self._function = function
+
+    def __call__(self) -> Any:
+        return self._function()
+
+
 @dataclass(frozen=True)
 class Side:
     """One way to do it.
 
     Args:
         name: short; "fastssl" is ours.
-        make: gives the call to be timed, ready to run; calls `unavailable` with the reason if there is none. The call
-            may have a method ``close``.
+        make: gives the call to be timed, ready to run; calls `unavailable` with the reason if there is none.
         role: "ours", "peer", or "bound" for a yardstick that does less than the op asks for.
         differs: what it computes otherwise than the rest.
         agrees: its result is compared with the expected one.
@@ -72,7 +113,7 @@ class Side:
     """
 
     name: str
-    make: Callable[[Case], Callable[[], Any]]
+    make: Callable[[Case], Callable[[], Any] | Call]
     role: Literal["ours", "peer", "bound"] = "peer"
     differs: str = ""
     agrees: bool = True

@@ -7,7 +7,6 @@ happens to do, which comes on top for all, and all of it for those that wait for
 import functools
 import os
 import tempfile
-import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -15,13 +14,11 @@ from typing import Any
 
 import pytest
 import torch
-from pytest_benchmark.fixture import BenchmarkFixture
 from torch import Tensor
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import async_save, save
 
-from benchmarks.sides import Case, Side, grid
-from benchmarks.turns import Measured, report
+from benchmarks.sides import Call, Case, Side, grid
 from fastssl.engine import checkpoint
 from fastssl.engine.build import build_method
 from fastssl.engine.config import MoCoConfig, to_dict
@@ -29,7 +26,6 @@ from fastssl.engine.optimizers import make_optimizer
 
 SIZE = 369_585_184  # of the state: told here, so that collecting the cases need not make it
 MEMORY = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
-ROUNDS, QUICK_ROUNDS = 15, 2  # of what is not timed by turns
 
 
 @functools.cache
@@ -60,7 +56,7 @@ def tensors(value: Any) -> Iterator[Tensor]:
             yield from tensors(inner)
 
 
-class InFolder:
+class InFolder(Call):
     """A call that is given a folder, which goes away with it.
 
     Args:
@@ -157,62 +153,77 @@ def test_resume(turns: Callable[..., None], case: Case, side: Side) -> None:
     turns(case, side, check)
 
 
-class Later:
-    """Starts to write, and knows when it is written.
+class Later(InFolder):
+    """What a training waits for while a checkpoint is begun; the rest is waited for afterwards, and not timed.
 
     Args:
-        name: of the side.
-        folder: to write to.
+        begin: begins to write to a folder; gives what to wait for, which gives the path.
     """
 
-    def __init__(self, name: str, folder: Path) -> None:
-        self.name, self.folder, self.checkpoints = name, folder, checkpoint.CheckpointFolder(folder)
-        self.writing: Any = None
+    seconds = 0.0  # one call a sample: a second one would wait for the rest of the first
 
-    def start(self) -> None:
-        """For this the training waits."""
-        if self.name == "fastssl":
-            self.checkpoints.save_later(state())
-        elif self.name == "torch.distributed.checkpoint.async_save":
-            self.writing = distributed(self.folder, wait=False)
-        else:
-            plain(self.folder)
+    def __init__(self, begin: Callable[[Path], Callable[[], Path]]) -> None:
+        super().__init__(begin)
+        self._written: list[Path] = []
+        self._wait: Callable[[], Path]
 
-    def finish(self) -> Path:
-        """Wait for the rest; returns what was written."""
-        if self.name == "fastssl":
-            path = self.checkpoints.finish()
-            assert path is not None
-            return path
-        if self.writing is None:
-            return self.folder / "state.pt"
-        self.writing.result()
-        return self.folder / "state"
+    def __call__(self) -> list[Path]:
+        """Begin; the list has the path once all is written."""
+        self._wait = super().__call__()
+        self._written.clear()
+        return self._written
+
+    def settle(self) -> None:
+        self._written.append(self._wait())
+
+    def peak_memory(self, device: str) -> int | None:
+        """Not told: most of it is needed after the call."""
+        return None
 
 
-def waiting(name: str) -> Callable[[Case], Any]:
-    return lambda case: name
+def ours_later(case: Case) -> Later:
+    made = Later(lambda folder: save_later())
+    checkpoints = checkpoint.CheckpointFolder(made.path)
+
+    def save_later() -> Callable[[], Path]:
+        checkpoints.save_later(state())
+        return finished
+
+    def finished() -> Path:
+        path = checkpoints.finish()
+        assert path is not None
+        return path
+
+    return made
+
+
+def distributed_later(folder: Path) -> Callable[[], Path]:
+    writing = distributed(folder, wait=False)
+
+    def finished() -> Path:
+        writing.result()
+        return folder / "state"
+
+    return finished
+
+
+def plain_at_once(folder: Path) -> Callable[[], Path]:
+    path = plain(folder)
+    return lambda: path
 
 
 LATER = (
-    Side("torch.save", waiting("torch.save"), differs="neither atomic nor on the disk when it returns"),
-    Side("torch.distributed.checkpoint.async_save", waiting("torch.distributed.checkpoint.async_save"),
+    Side("torch.save", lambda case: Later(plain_at_once), differs="neither atomic nor on the disk when it returns"),
+    Side("torch.distributed.checkpoint.async_save", lambda case: Later(distributed_later),
          differs="a folder in a format of its own"),
-    Side("fastssl", waiting("fastssl"), role="ours"),
+    Side("fastssl", ours_later, role="ours"),
 )  # fmt: skip
 
 
+def check_later(case: Case, written: list[Path]) -> None:
+    check(case, written[0])
+
+
 @pytest.mark.parametrize(("case", "side"), grid([case("write, time the training waits")], LATER))
-def test_wait(request: pytest.FixtureRequest, benchmark: BenchmarkFixture, case: Case, side: Side) -> None:
-    """Not in turns: between two samples there is something to wait for that is not counted."""
-    measured = Measured(side)
-    with tempfile.TemporaryDirectory(dir=MEMORY) as folder:
-        later = Later(side.name, Path(folder))
-        later.start()
-        check(case, later.finish())
-        for _ in range(QUICK_ROUNDS if request.config.getoption("--quick") else ROUNDS):
-            start = time.perf_counter()
-            later.start()
-            measured.samples.append(time.perf_counter() - start)
-            later.finish()
-    report(benchmark, case, measured)
+def test_wait(turns: Callable[..., None], case: Case, side: Side) -> None:
+    turns(case, side, check_later)

@@ -64,11 +64,8 @@ def plain(loss: Callable[..., Tensor]) -> Callable[[Case], Callable[[], Any]]:
 
 
 def compiled(loss: Callable[..., Tensor]) -> Callable[[Case], Callable[[], Any]]:
-    def make(case: Case) -> Callable[[], Any]:
-        torch._dynamo.reset()  # else the second shape is compiled for any shape
-        return backward_of(torch.compile(loss), inputs(case))
-
-    return make
+    # Not dynamic: the second shape would be compiled for any shape.
+    return lambda case: backward_of(torch.compile(loss, dynamic=False), inputs(case))
 
 
 def package(case: Case) -> Callable[[], Any]:

@@ -18,7 +18,8 @@ import torch
 from torch import Tensor
 from torchvision.transforms.v2.functional import to_pil_image
 
-from benchmarks.lightly_sides import WORKERS, Apart, endless
+from benchmarks.apart import Apart, ApartCall
+from benchmarks.lightly_sides import WORKERS, endless
 from benchmarks.peers import peer
 from benchmarks.sides import DEVICES, Case, Side, grid
 from fastssl.data import augmentation as aug
@@ -122,7 +123,7 @@ class Stream:
         self._batches.close()
 
 
-class Batches:
+class Batches(ApartCall):
     """Calls of a `Stream` in another process; the first tells what a batch is like.
 
     Args:
@@ -130,18 +131,19 @@ class Batches:
         name: of the side.
     """
 
+    seconds = 0.1
+
     def __init__(self, case: Case, name: str) -> None:
         self._told = False
-        self._peer = Apart(Stream, name, case["images"], root(case), case.device, on_gpu=case.device == "cuda")
+        on_gpu = case.device == "cuda"
+        stream = Apart(Stream, name, case["images"], root(case), case.device, on_gpu=on_gpu)
+        super().__init__(stream, pauses=not on_gpu)
 
     def __call__(self) -> Any:
         if self._told:
-            return self._peer("run", BATCHES)
+            return self.peer("run", BATCHES)
         self._told = True
-        return self._peer("summary")
-
-    def close(self) -> None:
-        self._peer.close()
+        return self.peer("summary")
 
 
 def root(case: Case) -> str | None:
@@ -199,4 +201,4 @@ CASES = [
 
 @pytest.mark.parametrize(("case", "side"), grid(CASES, SIDES))
 def test_loader(turns: Callable[..., None], case: Case, side: Side) -> None:
-    turns(case, side, check, alone=True)  # loaders work ahead while it is not their turn
+    turns(case, side, check, alone=case.device == "cuda")  # where loaders work ahead while it is not their turn

@@ -44,8 +44,7 @@ def step_of(loss: Loss) -> Callable[[Case], Callable[[], Any]]:
 
 
 def compiled(case: Case) -> Callable[[], Any]:
-    torch._dynamo.reset()
-    return step_of(torch.compile(paper))(case)
+    return step_of(torch.compile(paper, dynamic=False))(case)
 
 
 def lightly(case: Case) -> Callable[[], Any]:

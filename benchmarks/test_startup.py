@@ -8,14 +8,9 @@ import sys
 from collections.abc import Callable
 
 import pytest
-from pytest_benchmark.fixture import BenchmarkFixture
 
-from benchmarks.clocks import on_cpu
 from benchmarks.peers import peer
-from benchmarks.sides import Case, Side, grid
-from benchmarks.turns import Measured, report
-
-ROUNDS = 3
+from benchmarks.sides import Call, Case, Side, grid
 
 SHAPE = "import torch; q, k, queue = torch.randn(32, 128), torch.randn(32, 128), torch.randn(4096, 128)"
 OURS = f"{SHAPE}; from fastssl.ops import info_nce; print(float(info_nce(q, k, queue, temperature=0.07)))"
@@ -23,13 +18,31 @@ THEIRS = f"{SHAPE}; from info_nce import info_nce; print(float(info_nce(q, k, qu
 FIRST_STEP = "from benchmarks.lightly_sides import Fastssl; print(Fastssl('moco', []).run('whole', 1))"
 
 
-def python(*arguments: str, needs: tuple[str, str] | None = None) -> Callable[[Case], Callable[[], str]]:
-    """Runs Python with these arguments and gives what it prints; `needs`: a module and its package."""
+class Python(Call):
+    """A run of Python, which gives what it prints.
 
-    def make(case: Case) -> Callable[[], str]:
+    Args:
+        arguments: of the interpreter.
+    """
+
+    def __init__(self, *arguments: str) -> None:
+        self._command = [sys.executable, *arguments]
+
+    def __call__(self) -> str:
+        return subprocess.run(self._command, check=True, capture_output=True, text=True).stdout
+
+    def peak_memory(self, device: str) -> int | None:
+        """Of another process, and not known here."""
+        return None
+
+
+def python(*arguments: str, needs: tuple[str, str] | None = None) -> Callable[[Case], Python]:
+    """Makes a run with these arguments; `needs`: a module and its package."""
+
+    def make(case: Case) -> Python:
         if needs is not None:
             peer(*needs)
-        return lambda: subprocess.run([sys.executable, *arguments], check=True, capture_output=True, text=True).stdout
+        return Python(*arguments)
 
     return make
 
@@ -67,9 +80,5 @@ def check(case: Case, printed: str) -> None:
 
 
 @pytest.mark.parametrize(("case", "side"), PARAMETERS)
-def test_start(benchmark: BenchmarkFixture, case: Case, side: Side) -> None:
-    """Not in turns, which would take minutes: few rounds will do, for a start varies little."""
-    measured, step = Measured(side), side.make(case)
-    check(case, step())  # and brings the files into the cache
-    measured.samples = [on_cpu(step, 1) for _ in range(ROUNDS)]
-    report(benchmark, case, measured)
+def test_start(turns: Callable[..., None], case: Case, side: Side) -> None:
+    turns(case, side, check)

@@ -23,7 +23,8 @@ import pytest
 import torch
 
 from benchmarks import trace_step
-from benchmarks.lightly_sides import Apart, BareStep, training
+from benchmarks.apart import Apart, ApartCall
+from benchmarks.lightly_sides import BareStep, training
 from benchmarks.peers import peer
 from benchmarks.sides import Case, Side, grid
 from fastssl import train
@@ -37,7 +38,7 @@ BATCHES = {"demo": 128, "width 16, stride 1, batch 256": 256, "ResNet-50, batch 
 TOTAL_STEPS = 1000  # of the training that a step on CUDA is part of
 
 
-class Steps:
+class Steps(ApartCall):
     """Steps of a training in another process.
 
     Args:
@@ -47,18 +48,15 @@ class Steps:
 
     def __init__(self, case: Case, name: str) -> None:
         self._part, self._count = case["part"], count(case)
-        self._peer = Apart(training, name, case["method"].lower(), SETUPS[case["set-up"]])
+        super().__init__(Apart(training, name, case["method"].lower(), SETUPS[case["set-up"]]))
 
     def __call__(self) -> float:
-        return float(self._peer("run", self._part, self._count))
+        return float(self.peer("run", self._part, self._count))
 
-    def peak_memory(self) -> int | None:
-        """Of that process, in which a step is made."""
-        peak: int | None = self._peer("peak_memory")
+    def peak_memory(self, device: str) -> int | None:
+        """Of that process, in which a step on ready views is made; of whole ones nothing is told."""
+        peak: int | None = self.peer("peak_memory") if self._part == "compute" else None
         return peak
-
-    def close(self) -> None:
-        self._peer.close()
 
 
 def count(case: Case) -> int:
@@ -130,7 +128,7 @@ def check(case: Case, loss: float | torch.Tensor) -> None:
 
 @pytest.mark.parametrize(("case", "side"), grid(WHOLE, SIDES))
 def test_whole(turns: Callable[..., None], case: Case, side: Side) -> None:
-    turns(case, side, alone=True)  # a loader works ahead while it is not its turn
+    turns(case, side)
 
 
 @pytest.mark.parametrize(("case", "side"), grid(COMPUTE, SIDES))

@@ -1,8 +1,9 @@
-"""Times the sides of a case in turns, one sample each and again from the first.
+"""Times the sides of a case in turns, one sample each and again from the first, and the cases of a test in turns too.
 
 What else the machine does, and how fast it is clocked, changes from one second to the next. A side that is measured
-after the other has another machine; sides in turns share theirs, and the ratio of their medians can be repeated.
-pytest-benchmark, which knows one test at a time, is then told the samples of each.
+after the other has another machine; sides in turns share theirs, and the ratio of their medians can be repeated. A
+neighbour on the same chip may stay for half a minute, so on the CPU the rounds of a case are spread over the time that
+all cases of its test take. pytest-benchmark, which knows one test at a time, is then told the samples of each.
 """
 
 import gc
@@ -17,15 +18,15 @@ import pytest
 import torch
 from pytest_benchmark.fixture import BenchmarkFixture
 
-from benchmarks.clocks import CLOCKS, Graph, peak_memory
-from benchmarks.sides import Case, Side
+from benchmarks.clocks import CLOCKS, Graph
+from benchmarks.sides import Call, Case, Function, Side
 
-SAMPLE = 5e-3  # seconds that a sample takes at least; shorter calls are repeated
 MOST_CALLS = 1000  # of a sample
 ROUNDS = (7, 60)  # at least, at most
 SECONDS, ALONE = 1.5, 3  # that a side is timed if that makes enough rounds; alone, so many times as long
 SLOW, SLOW_ROUNDS = 3.0, 5  # seconds of a round, and how many must do then
 QUICK_ROUNDS, QUICK_SECONDS = (3, 10), 0.1
+SILENCE = 20  # seconds after which people want to know what is going on
 Check = Callable[[Case, Any], None]
 
 
@@ -43,47 +44,65 @@ TOLD = Told()
 
 
 class Measured:
-    """What one side did.
+    """What one side of a case did.
 
     Args:
+        case: that it did.
         side: that did it.
     """
 
-    def __init__(self, side: Side) -> None:
-        self.side = side
-        self.step: Callable[[], Any] | None = None
+    def __init__(self, case: Case, side: Side) -> None:
+        self.case, self.side = case, side
+        self.call: Call | None = None
         self.failure: BaseException | None = None  # or the reason to be skipped
         self.calls, self.samples = 1, list[float]()
         self.peak: int | None = None
 
-    def prepare(self, case: Case, check: Check | None, memory: bool) -> float:
-        """Make the call, run it, compare its result; returns the seconds of one call."""
-        if case.device == "cuda" and not torch.cuda.is_available():
+    def prepare(self, check: Check | None, memory: bool) -> float:
+        """Make the call, run it, compare its result; returns the seconds of a sample."""
+        if self.case.device == "cuda" and not torch.cuda.is_available():
             pytest.skip("needs a CUDA device")
         torch.manual_seed(0)
-        self.step = self.side.make(case)
-        result = self.step()  # the first call compiles, and brings code and threads into memory
-        if check is not None and self.side.agrees:
-            check(case, result)
-        del result
-        if self.side.graph:
-            self.step = graph = Graph(self.step)
-            if self.side.agrees:
-                graph.prove(partial(check, case) if check is not None and self.side.pure else None)
-        theirs = getattr(self.step, "peak_memory", None)  # of a process that this one cannot look into
-        if memory and not self.side.graph:  # whose memory was taken when it was captured
-            self.peak = theirs() if theirs else peak_memory(self.step, case.device)
-        clock = CLOCKS[case.device]
-        seconds = clock(self.step, 1)
-        if seconds < SLOW:
-            seconds = min(seconds, clock(self.step, 1))
-        self.calls = min(MOST_CALLS, math.ceil(SAMPLE / max(seconds, 1e-9)))
+        made = self.side.make(self.case)
+        self.call = made if isinstance(made, Call) else Function(made)
+        with self.turn() as call:
+            result = call()  # the first call compiles, and brings code and threads into memory
+            call.settle()
+            if check is not None and self.side.agrees:
+                check(self.case, result)
+            del result
+            if self.side.graph:
+                graph = Graph(call)
+                if self.side.agrees:
+                    graph.prove(partial(check, self.case) if check is not None and self.side.pure else None)
+                self.call = call = Function(graph)
+            elif memory:  # of a graph it was taken when it was captured
+                self.peak = call.peak_memory(self.case.device)
+            seconds = self._seconds(call, 1)
+            if seconds < call.seconds:  # then it matters for how many calls make a sample
+                seconds = min(seconds, self._seconds(call, 1))
+        self.calls = min(MOST_CALLS, max(1, math.ceil(call.seconds / max(seconds, 1e-9))))
         return seconds * self.calls
 
-    def sample(self, case: Case) -> None:
+    def sample(self) -> None:
         """Time the call, as often as a sample needs it."""
-        assert self.step is not None
-        self.samples.append(CLOCKS[case.device](self.step, self.calls) / self.calls)
+        with self.turn() as call:
+            self.samples.append(self._seconds(call, self.calls) / self.calls)
+
+    def _seconds(self, call: Call, calls: int) -> float:
+        seconds = CLOCKS[self.case.device](call, calls)
+        call.settle()
+        return seconds
+
+    @contextmanager
+    def turn(self) -> Iterator[Call]:
+        """Only now may it work."""
+        assert self.call is not None
+        self.call.wake()
+        try:
+            yield self.call
+        finally:
+            self.call.rest()
 
     @contextmanager
     def blamed(self) -> Iterator[None]:
@@ -104,26 +123,31 @@ class Measured:
 
     def close(self) -> None:
         """Let go of all that the call holds."""
-        close = getattr(self.step, "close", None)
-        self.step = None
-        if close is not None:
-            close()
+        call, self.call = self.call, None
+        if call is not None:
+            call.wake()
+            call.close()
 
 
 class Turns:
-    """Measures the sides of a case when the first of them is asked for, and remembers them for the others.
+    """Measures all cases of a test when the first of them is asked for, and remembers them for the others.
+
+    On CUDA a case at a time: a device has few neighbours, and not the memory for all cases at once.
 
     Args:
         items: all tests of the session, which say who takes part.
         quick: few rounds.
+        say: tells people what takes long.
     """
 
-    def __init__(self, items: list[pytest.Item], quick: bool) -> None:
-        self._sides: dict[tuple[str, Case], list[Side]] = {}
+    def __init__(self, items: list[pytest.Item], quick: bool, say: Callable[[str], None]) -> None:
+        self._say = say
+        self._cases: dict[str, dict[Case, list[Side]]] = {}
         for item in items:
             parameters = parameters_of(item)
             if "case" in parameters and "side" in parameters:
-                self._sides.setdefault((_test(item), parameters["case"]), []).append(parameters["side"])
+                sides = self._cases.setdefault(_test(item), {}).setdefault(parameters["case"], [])
+                sides.append(parameters["side"])
         self._measured: dict[tuple[str, Case, str], Measured] = {}
         self._rounds, self._seconds = (QUICK_ROUNDS, QUICK_SECONDS) if quick else (ROUNDS, SECONDS)
 
@@ -131,35 +155,60 @@ class Turns:
         """The measurements of `side`, which may be there already."""
         test = _test(node)
         if (test, case, side.name) not in self._measured:
-            together = [side] if alone else self._sides[test, case]
-            for measured in self._run(case, together, check, alone):
-                self._measured[test, case, measured.side.name] = measured
+            together = {case: [side]} if alone else self._together(test, case)
+            for measured in self._run(together, check, alone):
+                self._measured[test, measured.case, measured.side.name] = measured
         return self._measured[test, case, side.name]
 
-    def _run(self, case: Case, sides: list[Side], check: Check | None, alone: bool) -> Iterator[Measured]:
-        everybody, ready, seconds = [Measured(side) for side in sides], list[Measured](), 0.0
+    def _together(self, test: str, case: Case) -> dict[Case, list[Side]]:
+        cases = self._cases[test]
+        return {c: cases[c] for c in cases if c.device == "cpu"} if case.device == "cpu" else {case: cases[case]}
+
+    def _run(self, cases: dict[Case, list[Side]], check: Check | None, alone: bool) -> list[Measured]:
+        everybody = [[Measured(case, side) for side in sides] for case, sides in cases.items()]
+        flat = [one for sides in everybody for one in sides]
         try:
-            for one in everybody:
-                with one.blamed():
-                    seconds += one.prepare(case, check, memory=not alone)
-                    ready.append(one)
-            least, most = self._rounds
-            if seconds > SLOW:
-                least = min(least, SLOW_ROUNDS)
-            wanted = self._seconds * (ALONE if alone else len(ready))
+            plans = [self._prepare(sides, check, alone) for sides in everybody]
+            seconds = sum(count * seconds for count, seconds in plans)
+            if seconds > SILENCE:
+                self._say(f"\nmeasuring {len(flat)} sides of {len(cases)} cases in turns: {seconds:.0f} s")
             gc.collect()
+            gc.freeze()  # what there is now need not be looked at again
             gc.disable()  # a collection would be counted to whom it happens
-            for _ in range(min(most, max(least, round(wanted / seconds))) if ready else 0):
-                for one in ready:
-                    with one.blamed():
-                        one.sample(case)
-                ready = [one for one in ready if one.failure is None]
+            for number in turn_order([count for count, _ in plans]):
+                gc.collect()
+                for one in everybody[number]:
+                    if one.failure is None:
+                        with one.blamed():
+                            one.sample()
         finally:
             gc.enable()
-            for one in everybody:
+            gc.unfreeze()
+            for one in flat:
                 with one.blamed():
                     one.close()
-        yield from everybody
+        return flat
+
+    def _prepare(self, sides: list[Measured], check: Check | None, alone: bool) -> tuple[int, float]:
+        """Make the sides of a case ready; returns how many rounds they are given, and the seconds of one."""
+        seconds, ready = 0.0, 0
+        for one in sides:
+            with one.blamed():
+                seconds += one.prepare(check, memory=not alone)
+                ready += 1
+        if not ready:
+            return 0, 0.0
+        least, most = self._rounds
+        if seconds > SLOW:
+            least = min(least, SLOW_ROUNDS)
+        wanted = self._seconds * (ALONE if alone else ready)
+        return min(most, max(least, round(wanted / seconds))), seconds
+
+
+def turn_order(rounds: list[int]) -> list[int]:
+    """Whose turn it is: every number below ``len(rounds)`` as often as it has rounds, at even distances."""
+    moments = [((k + 0.5) / count, number) for number, count in enumerate(rounds) for k in range(count)]
+    return [number for _, number in sorted(moments)]
 
 
 def report(benchmark: BenchmarkFixture, case: Case, measured: Measured) -> None:

@@ -1,4 +1,4 @@
-"""What the benchmarks of training steps rely on: processes of their own, bare passes, endless batches."""
+"""What the benchmarks of training steps rely on: bare passes, endless batches, lightly's first loss."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -7,7 +7,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from benchmarks.lightly_sides import Apart, BareStep, endless, training
+from benchmarks.apart import Apart
+from benchmarks.lightly_sides import BareStep, endless, training
 from fastssl.engine.build import build_method
 from fastssl.engine.optimizers import make_optimizer
 from fastssl.engine.step import TrainingStep
@@ -15,32 +16,6 @@ from fastssl.train import parse
 
 CPU = torch.device("cpu")
 SMALL = ["--backbone=small_resnet16", "--batch_size=16", "--precision=float32"]
-
-
-class Counter:
-    """Lives in another process."""
-
-    def __init__(self, start: int) -> None:
-        self.value = start
-
-    def add(self, more: int) -> int:
-        self.value += more
-        return self.value
-
-    def fail(self) -> None:
-        raise SystemExit("meant")
-
-
-@pytest.mark.parametrize("on_gpu", [False, True])
-def test_apart_keeps_what_it_made(on_gpu: bool) -> None:
-    with Apart(Counter, 3, on_gpu=on_gpu) as counter:
-        assert counter("add", 1) == 4
-        assert counter("add", 2) == 6
-
-
-def test_a_failure_apart_is_told() -> None:
-    with Apart(Counter, 3) as counter, pytest.raises(EOFError):
-        counter("fail")
 
 
 def test_endless_batches_close_the_epoch_under_way() -> None:

@@ -1,33 +1,45 @@
-"""The sides of a case take turns; what fails is the affair of the side that failed."""
+"""The sides of a case take turns, and so do the cases of a test; what fails is the affair of the side that failed."""
 
 import json
 import os
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+import fastssl.ops  # noqa: F401  here, for pytester forgets what a run has imported, and ops are registered only once
+from benchmarks.turns import turn_order
+
 pytest_plugins = ["pytester"]
 
 SUITE = """
+import time
 from pathlib import Path
 import pytest
-from benchmarks.sides import Case, Side, grid, unavailable
+from benchmarks.sides import Call, Case, Side, grid, unavailable
 
 LOG = Path(__file__).with_name("log")
 
-class Step:
-    def __init__(self, name, seconds=0.01):
-        self.name = name
+def log(word):
+    with LOG.open("a") as file:
+        file.write(word)
+
+class Step(Call):
+    def __init__(self, case, name):
+        self.name = f"{name}{case['N']}"
     def __call__(self):
-        import time
-        with LOG.open("a") as file:
-            file.write(self.name)
-        time.sleep(0.02)
-        return {"wrong": 2}.get(self.name, 1)
+        log(self.name)
+        time.sleep(0.01)
+        return 2 if "wrong" in self.name else 1
+    def settle(self):
+        time.sleep(0.1)  # is not counted
+    def wake(self):
+        log("(")
+    def rest(self):
+        log(")")
     def close(self):
-        with LOG.open("a") as file:
-            file.write(self.name.upper())
+        log(self.name.upper())
 
 def dies(case):
     count = 0
@@ -45,10 +57,10 @@ def missing(case):
 def check(case, result):
     assert result == 1
 
-CASES = [Case("op", (("N", 4),), quick=True), Case("op", (("N", 4),), "cuda")]
+CASES = [Case("op", (("N", 4),), quick=True), Case("op", (("N", 5),), quick=True), Case("op", (("N", 4),), "cuda")]
 SIDES = (
-    Side("a", lambda case: Step("a")), Side("b", lambda case: Step("b"), role="ours"),
-    Side("wrong", lambda case: Step("wrong")), Side("dies", dies), Side("missing", missing),
+    Side("a", lambda case: Step(case, "a")), Side("b", lambda case: Step(case, "b"), role="ours"),
+    Side("wrong", lambda case: Step(case, "wrong")), Side("dies", dies), Side("missing", missing),
 )
 
 @pytest.mark.parametrize(("case", "side"), grid(CASES, SIDES))
@@ -69,6 +81,13 @@ def suite(pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch) -> pytest.
     return pytester
 
 
+def test_the_rounds_of_all_cases_are_spread_evenly() -> None:
+    assert turn_order([2, 0, 4]) == [2, 0, 2, 2, 0, 2]
+    order = turn_order([5, 60])
+    gaps = [b - a for a, b in pairwise([i for i, number in enumerate(order) if number == 0])]
+    assert sorted(order) == [0] * 5 + [1] * 60 and gaps == [13] * 4
+
+
 def run(suite: pytest.Pytester, *arguments: str) -> tuple[dict[str, int], dict[str, Any]]:
     file = suite.path / "run.json"
     done = suite.runpytest_inprocess(
@@ -80,14 +99,15 @@ def run(suite: pytest.Pytester, *arguments: str) -> tuple[dict[str, int], dict[s
 def test_turns_failures_and_skips(suite: pytest.Pytester) -> None:
     outcomes, found = run(suite)
     assert {name: outcomes[name] for name in ("passed", "failed", "skipped", "deselected")} == {
-        "passed": 2, "failed": 2, "skipped": 1, "deselected": 5,
+        "passed": 4, "failed": 4, "skipped": 2, "deselected": 5,
     }  # fmt: skip
-    assert [row["extra_info"]["side"] for row in found["benchmarks"]] == ["a", "b"]
-    assert all(0.019 < row["stats"]["median"] < 0.2 for row in found["benchmarks"])
-    (skipped,) = found["skipped"]
-    assert (skipped["side"], skipped["reason"]) == ("missing", "the peer is not installed")
-    log = (suite.path / "log").read_text().replace("wrong", "").replace("WRONG", "")
-    assert log.endswith("ababAB")  # in turns at the end, closed once
+    assert [row["extra_info"]["side"] for row in found["benchmarks"]] == ["a", "b"] * 2
+    assert all(0.009 < row["stats"]["median"] < 0.1 for row in found["benchmarks"])
+    assert {(row["side"], row["reason"]) for row in found["skipped"]} == {("missing", "the peer is not installed")}
+    log = (suite.path / "log").read_text()
+    # In turns, the cases too, and nobody works while it is not its turn.
+    assert "(a4)(b4)(a5)(b5)(a4)(b4)(a5)(b5)" in log
+    assert log.endswith("(A4(B4(WRONG4(A5(B5(WRONG5")
 
 
 def test_a_side_that_is_chosen_alone(suite: pytest.Pytester) -> None:
