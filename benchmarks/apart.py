@@ -1,18 +1,32 @@
 """Things that are timed in processes of their own: with their own allocator, threads and workers."""
 
-import os
-import signal
 import subprocess
+import sys
 from collections.abc import Callable
 from contextlib import AbstractContextManager, suppress
 from multiprocessing import get_context
 from multiprocessing.connection import Connection
 from typing import Any
 
+import psutil
+
 from benchmarks.sides import Call
 
 # Imported once, by the server that processes are forked from: it has no threads, loaders or allocator settings yet.
 PRELOADED = ["benchmarks.lightly_sides", "benchmarks.lightly_moco", "benchmarks.lightly_byol", "fastssl.data.loader"]
+
+
+# Ends a process and its workers once we are gone, however we went: stopped ones would wait for ever.
+GUARD = """
+import sys, psutil
+try:
+    process = psutil.Process(int(sys.argv[1]))
+    sys.stdin.read()
+    for one in [process, *process.children(recursive=True)]:
+        one.kill()
+except psutil.NoSuchProcess:
+    pass
+"""
 
 
 class Apart(AbstractContextManager["Apart"]):
@@ -36,10 +50,9 @@ class Apart(AbstractContextManager["Apart"]):
         self._process = context.Process(target=_serve, args=(theirs, make, arguments))
         self._process.start()
         theirs.close()  # so that its end is seen here
-        self._pipe.recv()
-        # Ends the process and its workers once we are gone, however we went: one that is stopped would wait for ever.
-        guard = 'read _; kill -KILL -"$1" 2> /dev/null'
-        self._guard = subprocess.Popen(["sh", "-c", guard, "sh", str(self._process.pid)], stdin=subprocess.PIPE)
+        self._family: list[psutil.Process] = []
+        command = [sys.executable, "-c", GUARD, str(self._process.pid)]
+        self._guard = subprocess.Popen(command, stdin=subprocess.PIPE, start_new_session=True)  # deaf to a ctrl-c
 
     def __call__(self, name: str, *arguments: Any) -> Any:
         """Call a method there, and wait for what it returns."""
@@ -48,14 +61,18 @@ class Apart(AbstractContextManager["Apart"]):
 
     def pause(self) -> None:
         """Stop the process and its workers where they are."""
-        self._signal(signal.SIGSTOP)
+        with suppress(psutil.NoSuchProcess):  # it has failed, and the next call says so
+            process = psutil.Process(self._process.pid)
+            process.suspend()  # first, so that it makes no others
+            self._family = [process, *process.children(recursive=True)]
+        self._all(psutil.Process.suspend)
 
     def resume(self) -> None:
         """Let them go on."""
-        self._signal(signal.SIGCONT)
+        self._all(psutil.Process.resume)
 
     def close(self) -> None:
-        """End the process, and what is left of its workers."""
+        """End the process."""
         self.resume()
         self._pipe.close()
         self._process.join(timeout=20)
@@ -65,9 +82,10 @@ class Apart(AbstractContextManager["Apart"]):
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _signal(self, number: signal.Signals) -> None:
-        with suppress(ProcessLookupError):  # it has failed, and the next call says so
-            os.killpg(self._process.pid, number)
+    def _all(self, do: Callable[[psutil.Process], None]) -> None:
+        for process in self._family:
+            with suppress(psutil.NoSuchProcess):
+                do(process)
 
 
 class ApartCall(Call):
@@ -98,8 +116,6 @@ class ApartCall(Call):
 
 
 def _serve(pipe: Connection, make: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
-    os.setpgrp()  # its workers will be of the group
-    pipe.send("ready")
     made = make(*arguments)
     while True:
         try:

@@ -53,8 +53,15 @@ def turns(request: pytest.FixtureRequest, benchmark: BenchmarkFixture) -> Iterat
     """
     stash = request.config.stash
     if _turns not in stash:
-        reporter: Any = request.config.pluginmanager.get_plugin("terminalreporter")
-        stash[_turns] = Turns(request.session.items, request.config.getoption("--quick"), reporter.write_line)
+        plugins = request.config.pluginmanager
+        reporter: Any = plugins.get_plugin("terminalreporter")
+        capture: Any = plugins.get_plugin("capturemanager")
+
+        def say(line: str) -> None:
+            with capture.global_and_fixture_disabled():
+                reporter.write_line(line)
+
+        stash[_turns] = Turns(request.session.items, request.config.getoption("--quick"), say)
 
     def run(case: Case, side: Side, check: Check | None = None, alone: bool = False) -> None:
         report(benchmark, case, stash[_turns].measure(request.node, case, side, check, alone))

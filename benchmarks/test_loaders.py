@@ -114,9 +114,10 @@ class Stream:
         if torch.cuda.is_initialized():
             torch.cuda.synchronize()
 
-    def summary(self) -> list[tuple[Any, ...]]:
-        """Of the next batch: shape, dtype, mean and standard deviation of each view."""
-        return [(tuple(v.shape), v.dtype, float(v.mean()), float(v.std())) for v in next(self._batches)]
+    def summary(self, count: int) -> list[tuple[Any, ...]]:
+        """Of the next `count` batches: shape, dtype, mean and standard deviation of each view."""
+        views = [torch.cat(parts) for parts in zip(*itertools.islice(self._batches, count), strict=True)]
+        return [(tuple(v.shape[1:]), v.dtype, float(v.mean()), float(v.std())) for v in views]
 
     def close(self) -> None:
         """End workers and pipelines."""
@@ -131,7 +132,7 @@ class Batches(ApartCall):
         name: of the side.
     """
 
-    seconds = 0.1
+    seconds = 1.0  # many batches: how far loaders are ahead when their turn ends differs by one or two
 
     def __init__(self, case: Case, name: str) -> None:
         self._told = False
@@ -143,7 +144,7 @@ class Batches(ApartCall):
         if self._told:
             return self.peer("run", BATCHES)
         self._told = True
-        return self.peer("summary")
+        return self.peer("summary", BATCHES)
 
 
 def root(case: Case) -> str | None:
@@ -155,17 +156,20 @@ def expected(kind: str, root: str | None) -> list[tuple[Any, ...]]:
     """Of torchvision's, made in this process."""
     stream = Stream("torchvision", kind, root, "cpu", workers=0)
     try:
-        return stream.summary()
+        return stream.summary(2 * BATCHES)
     finally:
         stream.close()
 
 
 def check(case: Case, result: list[tuple[Any, ...]]) -> None:
-    """Shape and dtype, and mean and deviation as near as other draws let them come."""
+    """Shape and dtype, and mean and deviation as near as other draws let them come.
+
+    Of 64 images of 224 pixels the deviation is 0.78 ± 0.03, and the mean 0.2 ± 0.06.
+    """
     kind = case["images"]
     for one, right in zip(result, expected(kind, root(case)), strict=True):
         assert one[:2] == right[:2]
-        assert one[2] == pytest.approx(right[2], abs=0.25) and one[3] == pytest.approx(right[3], rel=0.15)
+        assert one[2] == pytest.approx(right[2], abs=0.25) and one[3] == pytest.approx(right[3], rel=0.2)
 
 
 def side(name: str, **other: Any) -> Side:

@@ -46,6 +46,8 @@ class Steps(ApartCall):
         name: of the side.
     """
 
+    seconds = 0.5  # several steps: how far a loader is ahead when its turn ends differs by a batch
+
     def __init__(self, case: Case, name: str) -> None:
         self._part, self._count = case["part"], count(case)
         super().__init__(Apart(training, name, case["method"].lower(), SETUPS[case["set-up"]]))

@@ -8,6 +8,7 @@ all cases of its test take. pytest-benchmark, which knows one test at a time, is
 
 import gc
 import math
+import time
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -76,11 +77,13 @@ class Measured:
                 if self.side.agrees:
                     graph.prove(partial(check, self.case) if check is not None and self.side.pure else None)
                 self.call = call = Function(graph)
-            elif memory:  # of a graph it was taken when it was captured
+            seconds = 0.0
+            if memory and not self.side.graph:  # of a graph it was taken when it was captured
+                start = time.perf_counter()
                 self.peak = call.peak_memory(self.case.device)
-            seconds = self._seconds(call, 1)
-            if seconds < call.seconds:  # then it matters for how many calls make a sample
-                seconds = min(seconds, self._seconds(call, 1))
+                seconds = time.perf_counter() - start
+            if seconds < SLOW:  # else this is all that is asked: how many rounds it is given
+                seconds = min(self._seconds(call, 1) for _ in range(1 if seconds > call.seconds else 2))
         self.calls = min(MOST_CALLS, max(1, math.ceil(call.seconds / max(seconds, 1e-9))))
         return seconds * self.calls
 
@@ -169,6 +172,8 @@ class Turns:
         flat = [one for sides in everybody for one in sides]
         try:
             plans = [self._prepare(sides, check, alone) for sides in everybody]
+            if not any(count for count, _ in plans):
+                return flat
             seconds = sum(count * seconds for count, seconds in plans)
             if seconds > SILENCE:
                 self._say(f"\nmeasuring {len(flat)} sides of {len(cases)} cases in turns: {seconds:.0f} s")
@@ -201,6 +206,8 @@ class Turns:
         least, most = self._rounds
         if seconds > SLOW:
             least = min(least, SLOW_ROUNDS)
+        if len(sides) == 1:  # there is no ratio
+            least = min(least, QUICK_ROUNDS[0])
         wanted = self._seconds * (ALONE if alone else ready)
         return min(most, max(least, round(wanted / seconds))), seconds
 

@@ -30,7 +30,8 @@ class Ticking:
     """Has a worker of its own that writes for as long as it may."""
 
     def __init__(self, path: str) -> None:
-        self._worker = subprocess.Popen([sys.executable, "-c", TICK, path])
+        # In a group of its own, as those of our loaders.
+        self._worker = subprocess.Popen([sys.executable, "-c", TICK, path], start_new_session=True)
 
     def name(self) -> int:
         return self._worker.pid
