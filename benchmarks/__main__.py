@@ -17,10 +17,10 @@ RESULTS = HERE / "results"
 
 
 def keep(found: Path, folder: Path, mark: str = "") -> Path:
-    """Store a result of pytest-benchmark as <device>-<date><mark>.json, without the samples; returns the new path."""
+    """Store a result of pytest-benchmark as <device>-<date><mark>.json; returns the new path."""
     run: dict[str, Any] = json.loads(found.read_text())
     for row in run["benchmarks"]:
-        row["stats"].pop("data", None)
+        row["stats"]["data"] = [float(f"{seconds:.4g}") for seconds in row["stats"]["data"]]
     path = folder / f"{run['machine_info']['fastssl']['slug']}-{run['datetime'][:10]}{mark}.json"
     folder.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(run, indent=1, ensure_ascii=False) + "\n")

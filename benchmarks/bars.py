@@ -4,7 +4,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Literal
 
-from benchmarks.results import Case, Row, Run, matches, said
+from benchmarks.results import Case, Row, Run, matches, ratio_of, said
 
 Quantity = Literal["time", "peak"]
 
@@ -151,7 +151,7 @@ def judge(run: Run, bar: Bar) -> Verdict:
         # Once where both are missing for the same reason.
         return Verdict(bar, None, "; ".join(dict.fromkeys(found for found in (over, under) if isinstance(found, str))))
     if bar.quantity == "time":
-        return Verdict(bar, over.median / under.median, "")
+        return Verdict(bar, ratio_of(over, under), "")
     if over.peak_bytes is None or not under.peak_bytes:
         unknown = over.side if over.peak_bytes is None else under.side
         return Verdict(bar, None, f"{unknown}: peak memory not measured")

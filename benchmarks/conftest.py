@@ -14,7 +14,7 @@ from pytest_benchmark.fixture import BenchmarkFixture
 
 from benchmarks.environment import driver, nvidia_smi
 from benchmarks.sides import Case, Side
-from benchmarks.turns import TOLD, Check, Turns, parameters_of, report
+from benchmarks.turns import TOLD, Turns, parameters_of, report
 
 PACKAGES = (
     "torch", "triton", "torchvision", "fastssl", "info-nce-pytorch", "lightly", "pytorch-metric-learning", "inf-cl",
@@ -46,11 +46,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 @pytest.fixture
 def turns(request: pytest.FixtureRequest, benchmark: BenchmarkFixture) -> Iterator[Callable[..., None]]:
-    """``turns(case, side, check=None, alone=False)``: measure this side of the case and report it.
-
-    `check(case, result)` asserts that a side computes what is expected; it is the same for all cases of a test.
-    `alone`: not in turns with the others, for sides that would work on while it is not their turn.
-    """
+    """``turns(case, side)``: measure this side of the case and report it."""
     stash = request.config.stash
     if _turns not in stash:
         plugins = request.config.pluginmanager
@@ -63,8 +59,8 @@ def turns(request: pytest.FixtureRequest, benchmark: BenchmarkFixture) -> Iterat
 
         stash[_turns] = Turns(request.session.items, request.config.getoption("--quick"), say)
 
-    def run(case: Case, side: Side, check: Check | None = None, alone: bool = False) -> None:
-        report(benchmark, case, stash[_turns].measure(request.node, case, side, check, alone))
+    def run(case: Case, side: Side) -> None:
+        report(benchmark, case, stash[_turns].measure(request.node, case, side))
 
     yield run
 

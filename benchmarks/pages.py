@@ -7,7 +7,7 @@ from pathlib import Path
 
 from benchmarks.bars import BARS, Verdict, evaluate
 from benchmarks.plots import roofs
-from benchmarks.results import Comparison, Row, Run, devices, digits, duels, duration, matches, said, size
+from benchmarks.results import Comparison, Row, Run, devices, digits, duels, duration, matches, ratio_of, said, size
 from benchmarks.scaling import Growth, growth
 
 OFF = 0.25  # a fitted exponent that is further from the expected one is marked
@@ -144,7 +144,7 @@ def op_table(run: Run, comparisons: Iterable[Comparison]) -> list[str]:
                 "side": notes.mark(row) + (" (bound)" if row.role == "bound" else ""),
                 "median": duration(row.median),
                 "±": percent(row),
-                "÷ fastssl": digits(row.median / c.ours.median) if c.ours else "–",
+                "÷ fastssl": digits(ratio_of(row, c.ours)) if c.ours else "–",
                 "peak memory": size(row.peak_bytes),
                 **({f"{unit or 'items'}/s": rate(row)} if units else {}),
             }
@@ -217,9 +217,10 @@ def method_section(run: Run, name: str) -> list[str]:
     lines = [f"- {fact}" for fact in facts]
     text = (
         "Each time is the median of a side's rounds, ± half their interquartile range. Peak memory is what one call "
-        "needs beyond what was there before. Ratios are the time of the fastest peer divided by ours: above 1 fastssl "
-        "is faster. Bounds are yardsticks (bare products, copies, backbones), never peers. CUDA graphs are compared "
-        "with CUDA graphs where a peer has one."
+        "needs beyond what was there before. A ratio is the median over the rounds of a peer's time divided by ours, "
+        "where the sides took turns, and the ratio of the medians elsewhere: above 1 fastssl is faster. Bounds are "
+        "yardsticks (bare products, copies, backbones), never peers. CUDA graphs are compared with CUDA graphs where a "
+        "peer has one."
     )
     return [*lines, "", text, ""]
 
@@ -282,7 +283,7 @@ def readme_block(run: Run, source: str, text: str, command: str) -> list[str]:
                     **place(run, c.device),
                     "fastssl": duration(ours.median),
                     "fastest peer": f"{duration(peer.median)} ({peer.side})",
-                    "ratio": digits(peer.median / ours.median),
+                    "ratio": digits(ratio_of(peer, ours)),
                     "peak memory": f"{size(ours.peak_bytes)}, peer {size(peer.peak_bytes)}",
                 }
             )

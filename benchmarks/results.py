@@ -2,6 +2,7 @@
 
 import json
 import math
+import statistics
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,6 +38,7 @@ class Row:
     items: int | None
     unit: str | None
     title: str
+    samples: tuple[float, ...] = ()  # of its rounds, where the sides of the case took turns
 
     @property
     def spread(self) -> float:
@@ -52,6 +54,17 @@ class Row:
     def key(self) -> tuple[str, frozenset[tuple[str, int | str]], str, str]:
         """What tells a row from all others of a run."""
         return *self.where, self.side
+
+
+def ratio_of(over: Row, under: Row) -> float:
+    """How many times as long `over` takes as `under`.
+
+    The median of the rounds' ratios where both took turns: in a round they share the machine as it is at the moment.
+    Otherwise the ratio of the medians.
+    """
+    if over.where == under.where and over.samples and len(over.samples) == len(under.samples):
+        return statistics.median(a / b for a, b in zip(over.samples, under.samples, strict=True))
+    return over.median / under.median
 
 
 @dataclass(frozen=True)
@@ -77,7 +90,7 @@ class Comparison:
     @property
     def ratio(self) -> float | None:
         """How many times faster than the best peer `ours` is; None where one of them is missing."""
-        return self.best_peer.median / self.ours.median if self.ours and self.best_peer else None
+        return ratio_of(self.best_peer, self.ours) if self.ours and self.best_peer else None
 
     @property
     def memory_ratio(self) -> float | None:
@@ -163,7 +176,7 @@ def devices(run: Run) -> list[str]:
 
 def duels(run: Run) -> list[tuple[float, Comparison, Row, Row]]:
     """Ratio, comparison, side of ours and fastest peer, the worst first."""
-    found = [(peer.median / ours.median, c, ours, peer) for c in run.comparisons for ours, peer in c.duels]
+    found = [(ratio_of(peer, ours), c, ours, peer) for c in run.comparisons for ours, peer in c.duels]
     return sorted(found, key=lambda duel: duel[0])
 
 
@@ -261,9 +274,11 @@ def read_row(entry: Any, number: int, path: Path) -> Row:
         items=get(extra, "items", (int, NONE), where),
         unit=get(extra, "unit", (str, NONE), where),
         title=title,
+        samples=tuple(get(stats, "data", (list,), f"{where}: stats")) if extra.get("in_turns") else (),
     )
-    if row.median <= 0:
-        raise ResultsError(f"{where}: the median is {row.median!r}, a time has to be above 0")
+    for seconds in (row.median, *row.samples):
+        if not isinstance(seconds, NUMBER) or not seconds > 0:
+            raise ResultsError(f"{where}: a time of {seconds!r}, it has to be above 0")
     return row
 
 

@@ -1,7 +1,7 @@
 """What a comparison is made of: a case (one op, one shape, one device) and the sides that do it."""
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import pytest
@@ -27,6 +27,8 @@ class Case:
         items: how many of `unit` one call makes.
         unit: plural, such as "images".
         quick: part of ``--quick`` too.
+        alone: its sides are measured one after the other, for they would work on while it is not their turn.
+        check: asserts that a result is right.
     """
 
     op: str
@@ -37,6 +39,8 @@ class Case:
     items: int | None = None
     unit: str | None = None
     quick: bool = False
+    alone: bool = False
+    check: Callable[["Case", Any], None] | None = field(default=None, compare=False)
 
     def __getitem__(self, axis: str) -> Any:
         return dict(self.axes)[axis]
@@ -125,16 +129,22 @@ class Side:
         return self.name
 
 
-def grid(cases: Iterable[Case], sides: Sequence[Side], graphs: Sequence[str] = ()) -> list[Any]:
+def grid(
+    cases: Iterable[Case],
+    sides: Sequence[Side],
+    check: Callable[[Case, Any], None] | None,
+    graphs: Sequence[str] = (),
+) -> list[Any]:
     """The parameters ("case", "side") of a test: all sides of a case stand together, CUDA's are marked ``gpu``.
 
     Args:
         cases: to measure.
         sides: who takes part.
+        check: asserts that a result is right: ``check(case, result)``.
         graphs: names of the sides that on CUDA are also replayed as a graph.
     """
     parameters = []
-    for case in cases:
+    for case in (replace(case, check=check) for case in cases):
         here = [side for side in sides if side.when(case)]
         if case.device == "cuda":
             here += [replace(s, name=f"{s.name}, CUDA graph", graph=True) for s in here if s.name in graphs]

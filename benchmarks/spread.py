@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from benchmarks.results import ResultsError, Run, digits, load, said
+from benchmarks.results import ResultsError, Run, digits, load, ratio_of, said
 
 LIMIT = 0.15  # of the median
 
@@ -42,7 +42,7 @@ def spreads(runs: Sequence[Run]) -> list[Spread]:
                 assert c.ours is not None
                 same = c.op, frozenset(c.case.items()), c.device, peer.side
                 name = f"{c.op}, {said(c.case)}, {c.device}: {peer.side}"
-                found.setdefault(same, Spread(name, [])).ratios.append(peer.median / c.ours.median)
+                found.setdefault(same, Spread(name, [])).ratios.append(ratio_of(peer, c.ours))
     steady = [spread for spread in found.values() if len(spread.ratios) == len(runs)]
     return sorted(steady, key=lambda spread: -spread.furthest)
 

@@ -18,6 +18,8 @@ from fastssl.ops import ColorJitter, GaussianBlur, Grayscale, augment_
 from fastssl.ops.augment import IMAGENET_MEAN, IMAGENET_STD
 from fastssl.ops.photometric import COLUMNS, JITTER_ORDERS, NEUTRAL, draw_augmentation
 
+pytestmark = pytest.mark.together
+
 STEPS = (ColorJitter(0.4, 0.4, 0.4, 0.1, p=0.8), Grayscale(0.2), GaussianBlur((0.1, 2.0), p=0.5))
 CHECKED, LARGEST = 32, 0.05
 ADJUST = (tv.adjust_brightness, tv.adjust_contrast, tv.adjust_saturation, tv.adjust_hue)
@@ -116,6 +118,6 @@ SIDES = (
 )  # fmt: skip
 
 
-@pytest.mark.parametrize(("case", "side"), grid([*CPU, *CUDA], SIDES, graphs=("fastssl",)))
+@pytest.mark.parametrize(("case", "side"), grid([*CPU, *CUDA], SIDES, check, graphs=("fastssl",)))
 def test_augment(turns: Callable[..., None], case: Case, side: Side) -> None:
-    turns(case, side, check)
+    turns(case, side)

@@ -143,14 +143,14 @@ READ = (
 )
 
 
-@pytest.mark.parametrize(("case", "side"), grid([case("write")], WRITE))
+@pytest.mark.parametrize(("case", "side"), grid([case("write")], WRITE, check))
 def test_write(turns: Callable[..., None], case: Case, side: Side) -> None:
-    turns(case, side, check)
+    turns(case, side)
 
 
-@pytest.mark.parametrize(("case", "side"), grid([case("resume", quick=True)], READ))
+@pytest.mark.parametrize(("case", "side"), grid([case("resume", quick=True)], READ, check))
 def test_resume(turns: Callable[..., None], case: Case, side: Side) -> None:
-    turns(case, side, check)
+    turns(case, side)
 
 
 class Later(InFolder):
@@ -224,6 +224,6 @@ def check_later(case: Case, written: list[Path]) -> None:
     check(case, written[0])
 
 
-@pytest.mark.parametrize(("case", "side"), grid([case("write, time the training waits")], LATER))
+@pytest.mark.parametrize(("case", "side"), grid([case("write, time the training waits")], LATER, check_later))
 def test_wait(turns: Callable[..., None], case: Case, side: Side) -> None:
-    turns(case, side, check_later)
+    turns(case, side)

@@ -18,6 +18,8 @@ from benchmarks import peers
 from benchmarks.sides import DEVICES, Case, Side, grid, unavailable
 from fastssl.ops import ema_update_
 
+pytestmark = pytest.mark.together
+
 M = 0.999
 NETWORKS = {
     "ResNet-18": torchvision.models.resnet18,
@@ -186,6 +188,6 @@ SIDES = (
 )
 
 
-@pytest.mark.parametrize(("case", "side"), grid(CASES, SIDES, graphs=("torch._foreach_lerp_", "fastssl")))
+@pytest.mark.parametrize(("case", "side"), grid(CASES, SIDES, check, graphs=("torch._foreach_lerp_", "fastssl")))
 def test_update(turns: Callable[..., None], case: Case, side: Side) -> None:
-    turns(case, side, check)
+    turns(case, side)

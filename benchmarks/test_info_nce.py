@@ -18,6 +18,8 @@ from benchmarks import peers
 from benchmarks.sides import DEVICES, Case, Side, grid
 from fastssl.ops import info_nce
 
+pytestmark = pytest.mark.together
+
 TEMPERATURE = 0.07
 N, D, K = 256, 128, 65536  # MoCo's: batch of a GPU's share, dim, queue
 
@@ -234,13 +236,15 @@ IN_BATCH_SIDES = (
 GRAPHS = ("authors, eager", "torch.compile", "fastssl")
 
 
-@pytest.mark.parametrize(("case", "side"), grid(chain.from_iterable(map(queue_cases, DEVICES)), QUEUE_SIDES, GRAPHS))
+@pytest.mark.parametrize(
+    ("case", "side"), grid(chain.from_iterable(map(queue_cases, DEVICES)), QUEUE_SIDES, check, GRAPHS)
+)
 def test_queue(turns: Callable[..., None], case: Case, side: Side) -> None:
-    turns(case, side, check)
+    turns(case, side)
 
 
 @pytest.mark.parametrize(
-    ("case", "side"), grid(chain.from_iterable(map(in_batch_cases, DEVICES)), IN_BATCH_SIDES, GRAPHS)
+    ("case", "side"), grid(chain.from_iterable(map(in_batch_cases, DEVICES)), IN_BATCH_SIDES, check, GRAPHS)
 )
 def test_in_batch(turns: Callable[..., None], case: Case, side: Side) -> None:
-    turns(case, side, check)
+    turns(case, side)

@@ -196,13 +196,13 @@ SIDES = (
 CASES = [
     Case(
         "loader", (("images", kind),), device,
-        items=BATCHES * BATCH[kind], unit="images", quick=kind == MEMORY and device == "cpu",
+        items=BATCHES * BATCH[kind], unit="images", quick=kind == MEMORY and device == "cpu", alone=device == "cuda",
     )
     for device in DEVICES
     for kind in (MEMORY, JPEG)
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize(("case", "side"), grid(CASES, SIDES))
+@pytest.mark.parametrize(("case", "side"), grid(CASES, SIDES, check))
 def test_loader(turns: Callable[..., None], case: Case, side: Side) -> None:
-    turns(case, side, check, alone=case.device == "cuda")  # where loaders work ahead while it is not their turn
+    turns(case, side)

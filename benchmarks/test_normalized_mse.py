@@ -12,6 +12,8 @@ from benchmarks import peers
 from benchmarks.sides import DEVICES, Case, Side, grid
 from fastssl.ops import normalized_mse
 
+pytestmark = pytest.mark.together
+
 Loss = Callable[[Tensor, Tensor], Tensor]
 
 
@@ -78,6 +80,8 @@ DTYPES = {"cpu": ("float32",), "cuda": ("float32", "bfloat16")}
 CASES = [make_case(device, n, dtype) for device in DEVICES for dtype in DTYPES[device] for n in (256, 1024, 4096)]
 
 
-@pytest.mark.parametrize(("case", "side"), grid(CASES, SIDES, graphs=("paper, eager", "torch.compile", "fastssl")))
+@pytest.mark.parametrize(
+    ("case", "side"), grid(CASES, SIDES, check, graphs=("paper, eager", "torch.compile", "fastssl"))
+)
 def test_loss(turns: Callable[..., None], case: Case, side: Side) -> None:
-    turns(case, side, check)
+    turns(case, side)

@@ -12,6 +12,8 @@ from benchmarks import peers
 from benchmarks.sides import DEVICES, Case, Side, grid
 from fastssl.ops import KeyQueue
 
+pytestmark = pytest.mark.together
+
 N, D = 256, 128
 
 
@@ -98,6 +100,6 @@ SIDES = (
 CASES = [make_case(device, k) for device in DEVICES for k in (4096, 65_536, 1_048_576)]
 
 
-@pytest.mark.parametrize(("case", "side"), grid(CASES, SIDES, graphs=("fastssl",)))
+@pytest.mark.parametrize(("case", "side"), grid(CASES, SIDES, check, graphs=("fastssl",)))
 def test_enqueue(turns: Callable[..., None], case: Case, side: Side) -> None:
-    turns(case, side, check)
+    turns(case, side)

@@ -47,6 +47,17 @@ def python(*arguments: str, needs: tuple[str, str] | None = None) -> Callable[[C
     return make
 
 
+def check(case: Case, printed: str) -> None:
+    """An import says nothing, an op a loss, the help what there is."""
+    what = case["what"]
+    if what == "import":
+        assert printed == ""
+    elif what == "help":
+        assert "--queue_size" in printed
+    else:
+        assert 0 < float(printed.splitlines()[-1]) < 1000
+
+
 def case(what: str, quick: bool = False) -> Case:
     return Case("start-up", (("what", what),), quick=quick)
 
@@ -65,20 +76,9 @@ STARTS = {
     case("help", quick=True): (Side("fastssl", python("-m", "fastssl.train", "moco", "--help"), role="ours"),),
     case("first step"): (Side("fastssl", python("-c", FIRST_STEP), role="ours", differs="MoCo's demo"),),
 }
-PARAMETERS = [parameter for one, sides in STARTS.items() for parameter in grid([one], sides)]
-
-
-def check(case: Case, printed: str) -> None:
-    """An import says nothing, an op a loss, the help what there is."""
-    what = case["what"]
-    if what == "import":
-        assert printed == ""
-    elif what == "help":
-        assert "--queue_size" in printed
-    else:
-        assert 0 < float(printed.splitlines()[-1]) < 1000
+PARAMETERS = [parameter for one, sides in STARTS.items() for parameter in grid([one], sides, check)]
 
 
 @pytest.mark.parametrize(("case", "side"), PARAMETERS)
 def test_start(turns: Callable[..., None], case: Case, side: Side) -> None:
-    turns(case, side, check)
+    turns(case, side)

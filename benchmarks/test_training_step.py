@@ -128,11 +128,11 @@ def check(case: Case, loss: float | torch.Tensor) -> None:
     assert float(loss) == pytest.approx(LOSSES.setdefault(case, float(loss)), rel=0.03)
 
 
-@pytest.mark.parametrize(("case", "side"), grid(WHOLE, SIDES))
+@pytest.mark.parametrize(("case", "side"), grid(WHOLE, SIDES, check=None))
 def test_whole(turns: Callable[..., None], case: Case, side: Side) -> None:
     turns(case, side)
 
 
-@pytest.mark.parametrize(("case", "side"), grid(COMPUTE, SIDES))
+@pytest.mark.parametrize(("case", "side"), grid(COMPUTE, SIDES, check))
 def test_compute(turns: Callable[..., None], case: Case, side: Side) -> None:
-    turns(case, side, check)
+    turns(case, side)

@@ -1,9 +1,9 @@
-"""Times the sides of a case in turns, one sample each and again from the first, and the cases of a test in turns too.
+"""Times the sides of a case in turns, one sample each and again from the first, and the cases in turns too.
 
 What else the machine does, and how fast it is clocked, changes from one second to the next. A side that is measured
-after the other has another machine; sides in turns share theirs, and the ratio of their medians can be repeated. A
-neighbour on the same chip may stay for half a minute, so on the CPU the rounds of a case are spread over the time that
-all cases of its test take. pytest-benchmark, which knows one test at a time, is then told the samples of each.
+after the other has another machine; sides in turns share theirs, and the median of their rounds' ratios can be
+repeated. A neighbour on the same chip may stay for half a minute, so on the CPU the rounds of a case are spread over
+the time that all cases of its group take. pytest-benchmark, which knows one test at a time, is then told the samples.
 """
 
 import gc
@@ -27,8 +27,8 @@ ROUNDS = (7, 60)  # at least, at most
 SECONDS, ALONE = 1.5, 3  # that a side is timed if that makes enough rounds; alone, so many times as long
 SLOW, SLOW_ROUNDS = 3.0, 5  # seconds of a round, and how many must do then
 QUICK_ROUNDS, QUICK_SECONDS = (3, 10), 0.1
+Group = tuple[object, ...]
 SILENCE = 20  # seconds after which people want to know what is going on
-Check = Callable[[Case, Any], None]
 
 
 class Told:
@@ -59,8 +59,9 @@ class Measured:
         self.calls, self.samples = 1, list[float]()
         self.peak: int | None = None
 
-    def prepare(self, check: Check | None, memory: bool) -> float:
+    def prepare(self) -> float:
         """Make the call, run it, compare its result; returns the seconds of a sample."""
+        check = self.case.check if self.side.agrees else None
         if self.case.device == "cuda" and not torch.cuda.is_available():
             pytest.skip("needs a CUDA device")
         torch.manual_seed(0)
@@ -69,7 +70,7 @@ class Measured:
         with self.turn() as call:
             result = call()  # the first call compiles, and brings code and threads into memory
             call.settle()
-            if check is not None and self.side.agrees:
+            if check is not None:
                 check(self.case, result)
             del result
             if self.side.graph:
@@ -78,7 +79,7 @@ class Measured:
                     graph.prove(partial(check, self.case) if check is not None and self.side.pure else None)
                 self.call = call = Function(graph)
             seconds = 0.0
-            if memory and not self.side.graph:  # of a graph it was taken when it was captured
+            if not (self.side.graph or self.case.alone):  # of a graph it was taken when it was captured
                 start = time.perf_counter()
                 self.peak = call.peak_memory(self.case.device)
                 seconds = time.perf_counter() - start
@@ -133,9 +134,10 @@ class Measured:
 
 
 class Turns:
-    """Measures all cases of a test when the first of them is asked for, and remembers them for the others.
+    """Measures all cases of a group when the first of them is asked for, and remembers them for the others.
 
-    On CUDA a case at a time: a device has few neighbours, and not the memory for all cases at once.
+    A group are the cases of a test; the tests that are marked ``together`` are one group. On CUDA every case is a
+    group: a device has few neighbours, and not the memory for many cases at once.
 
     Args:
         items: all tests of the session, which say who takes part.
@@ -145,71 +147,75 @@ class Turns:
 
     def __init__(self, items: list[pytest.Item], quick: bool, say: Callable[[str], None]) -> None:
         self._say = say
-        self._cases: dict[str, dict[Case, list[Side]]] = {}
+        self._groups: dict[Group, dict[tuple[str, Case], list[Measured]]] = {}
         for item in items:
             parameters = parameters_of(item)
             if "case" in parameters and "side" in parameters:
-                sides = self._cases.setdefault(_test(item), {}).setdefault(parameters["case"], [])
-                sides.append(parameters["side"])
-        self._measured: dict[tuple[str, Case, str], Measured] = {}
+                case, side = parameters["case"], parameters["side"]
+                cases = self._groups.setdefault(group_of(item, case, side), {})
+                cases.setdefault((_test(item), case), []).append(Measured(case, side))
         self._rounds, self._seconds = (QUICK_ROUNDS, QUICK_SECONDS) if quick else (ROUNDS, SECONDS)
+        self._done: set[Group] = set()
 
-    def measure(self, node: pytest.Item, case: Case, side: Side, check: Check | None, alone: bool) -> Measured:
+    def measure(self, item: pytest.Item, case: Case, side: Side) -> Measured:
         """The measurements of `side`, which may be there already."""
-        test = _test(node)
-        if (test, case, side.name) not in self._measured:
-            together = {case: [side]} if alone else self._together(test, case)
-            for measured in self._run(together, check, alone):
-                self._measured[test, measured.case, measured.side.name] = measured
-        return self._measured[test, case, side.name]
+        group = group_of(item, case, side)
+        if group not in self._done:
+            self._done.add(group)
+            self._run(list(self._groups[group].values()))
+        return next(one for one in self._groups[group][_test(item), case] if one.side == side)
 
-    def _together(self, test: str, case: Case) -> dict[Case, list[Side]]:
-        cases = self._cases[test]
-        return {c: cases[c] for c in cases if c.device == "cpu"} if case.device == "cpu" else {case: cases[case]}
-
-    def _run(self, cases: dict[Case, list[Side]], check: Check | None, alone: bool) -> list[Measured]:
-        everybody = [[Measured(case, side) for side in sides] for case, sides in cases.items()]
-        flat = [one for sides in everybody for one in sides]
+    def _run(self, cases: list[list[Measured]]) -> None:
+        everybody = [one for sides in cases for one in sides]
         try:
-            plans = [self._prepare(sides, check, alone) for sides in everybody]
+            plans = [self._prepare(sides) for sides in cases]
             if not any(count for count, _ in plans):
-                return flat
+                return
             seconds = sum(count * seconds for count, seconds in plans)
             if seconds > SILENCE:
-                self._say(f"\nmeasuring {len(flat)} sides of {len(cases)} cases in turns: {seconds:.0f} s")
+                self._say(f"\nmeasuring {len(everybody)} sides of {len(cases)} cases in turns: {seconds:.0f} s")
             gc.collect()
             gc.freeze()  # what there is now need not be looked at again
             gc.disable()  # a collection would be counted to whom it happens
             for number in turn_order([count for count, _ in plans]):
                 gc.collect()
-                for one in everybody[number]:
+                for one in cases[number]:
                     if one.failure is None:
                         with one.blamed():
                             one.sample()
         finally:
             gc.enable()
             gc.unfreeze()
-            for one in flat:
+            for one in everybody:
                 with one.blamed():
                     one.close()
-        return flat
 
-    def _prepare(self, sides: list[Measured], check: Check | None, alone: bool) -> tuple[int, float]:
+    def _prepare(self, sides: list[Measured]) -> tuple[int, float]:
         """Make the sides of a case ready; returns how many rounds they are given, and the seconds of one."""
         seconds, ready = 0.0, 0
         for one in sides:
             with one.blamed():
-                seconds += one.prepare(check, memory=not alone)
+                seconds += one.prepare()
                 ready += 1
         if not ready:
             return 0, 0.0
         least, most = self._rounds
         if seconds > SLOW:
             least = min(least, SLOW_ROUNDS)
-        if len(sides) == 1:  # there is no ratio
+        case = sides[0].case
+        if len(sides) == 1 and not case.alone:  # there is no ratio
             least = min(least, QUICK_ROUNDS[0])
-        wanted = self._seconds * (ALONE if alone else ready)
+        wanted = self._seconds * (ALONE if case.alone else ready)
         return min(most, max(least, round(wanted / seconds))), seconds
+
+
+def group_of(item: pytest.Item, case: Case, side: Side) -> Group:
+    """What is measured together with it: of the same group is what has the same."""
+    if case.alone:
+        return _test(item), case, side.name
+    if case.device == "cuda":
+        return _test(item), case
+    return ("together",) if item.get_closest_marker("together") else (_test(item),)
 
 
 def turn_order(rounds: list[int]) -> list[int]:
@@ -228,7 +234,7 @@ def report(benchmark: BenchmarkFixture, case: Case, measured: Measured) -> None:
         "op": case.op, "case": dict(case.axes), "device": case.device,
         "side": side.name, "role": side.role, "differs": side.differs, "graph": side.graph,
         "peak_bytes": measured.peak, "flops": case.flops, "bytes": case.bytes, "items": case.items, "unit": case.unit,
-        "calls": measured.calls,
+        "calls": measured.calls, "in_turns": not case.alone,
     }  # fmt: skip
     samples = iter(measured.samples)
 

@@ -25,7 +25,7 @@ MACHINE = {
 def entry(
     side: str, median: float, op: str = "info_nce", case: dict[str, int | str] | None = None, **other: Any
 ) -> dict[str, Any]:
-    """One of `benchmarks`; `other` replaces fields of extra_info and stats."""
+    """One of `benchmarks`; `other` replaces fields of extra_info and stats, or adds them: `data`, `in_turns`."""
     case = QUEUE if case is None else case
     extra = {
         "op": op,
@@ -41,9 +41,9 @@ def entry(
         "items": None,
         "unit": None,
     }
-    stats = {"median": median, "iqr": 0.02 * median, "rounds": 15, "mean": median}
+    stats: dict[str, Any] = {"median": median, "iqr": 0.02 * median, "rounds": 15, "mean": median}
     for name, value in other.items():
-        (stats if name in stats else extra)[name] = value
+        (stats if name in (*stats, "data") else extra)[name] = value
     return {"name": f"test_it[{side}]", "fullname": "x.py::test_it", "group": op, "stats": stats, "extra_info": extra}
 
 

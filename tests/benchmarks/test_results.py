@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from benchmarks.results import ResultsError, duration, load, said, size
+from benchmarks.results import ResultsError, duels, duration, load, ratio_of, said, size
 from tests.benchmarks.made_up import MACHINE, QUEUE, content, entry, run_of, skipped, write
 
 GRAPH: dict[str, Any] = {"graph": True}
@@ -60,6 +60,27 @@ def test_ratios_are_to_the_fastest_peer_and_never_to_a_bound(tmp_path: Path) -> 
     assert c.ours is not None and c.ours.side == "fastssl"
     assert c.best_peer is not None and c.best_peer.side == "fast"
     assert (c.ratio, c.memory_ratio) == (1.5, 4.0)
+
+
+@pytest.mark.parametrize(("in_turns", "peer", "ratio"), [(True, [2.0, 6.0, 9.0], 2.0), (False, [2.0, 6.0, 9.0], 6.0)])
+def test_the_rounds_of_sides_that_took_turns_are_paired(
+    tmp_path: Path, in_turns: bool, peer: list[float], ratio: float
+) -> None:
+    """The machine was slower in the second round, for both."""
+    ours = [1.0, 3.0, 1.0]
+    run = run_of(
+        tmp_path,
+        entry("fastssl", 1.0, data=ours, in_turns=in_turns),
+        entry("peer", 6.0, data=peer, in_turns=in_turns),
+    )
+    [c] = run.comparisons
+    assert c.ratio == ratio and duels(run)[0][0] == ratio
+
+
+def test_rounds_of_other_cases_are_not_paired(tmp_path: Path) -> None:
+    one = entry("fastssl", 3.0, data=[2.0, 3.0, 4.0], in_turns=True)
+    other = entry("fastssl", 3.0, case={"N": 1}, data=[3.0, 4.0, 2.0], in_turns=True)
+    assert ratio_of(*run_of(tmp_path, one, other).rows) == 1.0
 
 
 @pytest.mark.parametrize("sides", [("fastssl", "bound"), ("peer", "bound")])
@@ -126,7 +147,8 @@ WRONG: list[tuple[Callable[[Any], None], str]] = [
     (put("tpu", *ROW, "extra_info", "device"), "'device' is 'tpu', it has to be one of cpu, cuda"),
     (put(1.5, *ROW, "extra_info", "case", "N"), "the case: 'N' is 1.5, it has to be of type int or str"),
     (put(True, *ROW, "extra_info", "peak_bytes"), "'peak_bytes' is True, it has to be of type int or null"),
-    (put(0.0, *ROW, "stats", "median"), "the median is 0.0"),
+    (put(0.0, *ROW, "stats", "median"), "a time of 0.0, it has to be above 0"),
+    (put([1.0, "x"], *ROW, "stats", "data"), "a time of 'x', it has to be above 0"),
     (put(float("nan"), *ROW, "stats", "iqr"), "'iqr' is nan, it has to be finite"),
     (put(1, "skipped", 0, "reason"), r"skipped\[0\]: 'reason' is 1"),
     (put([], "machine_info"), "'machine_info' is \\[\\], it has to be of type dict"),
@@ -135,7 +157,10 @@ WRONG: list[tuple[Callable[[Any], None], str]] = [
 
 @pytest.mark.parametrize(("change", "message"), WRONG)
 def test_what_is_wrong_is_named(tmp_path: Path, change: Callable[[Any], None], message: str) -> None:
-    path, file = tmp_path / "wrong.json", json.loads(json.dumps(content([entry("fastssl", 1.0)], [skipped("x", "y")])))
+    path, file = (
+        tmp_path / "wrong.json",
+        json.loads(json.dumps(content([entry("fastssl", 1.0, data=[1.0], in_turns=True)], [skipped("x", "y")]))),
+    )
     change(file)
     path.write_text(json.dumps(file))
     with pytest.raises(ResultsError, match=f"wrong.json.*{message}"):

@@ -63,9 +63,9 @@ SIDES = (
     Side("wrong", lambda case: Step(case, "wrong")), Side("dies", dies), Side("missing", missing),
 )
 
-@pytest.mark.parametrize(("case", "side"), grid(CASES, SIDES))
+@pytest.mark.parametrize(("case", "side"), grid(CASES, SIDES, check))
 def test_it(turns, case, side):
-    turns(case, side, check)
+    turns(case, side)
 """
 
 
@@ -76,7 +76,7 @@ def suite(pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch) -> pytest.
     root = Path(__file__).parents[2]
     pytester.makeconftest((root / "benchmarks" / "conftest.py").read_text())
     pytester.makepyfile(test_suite=SUITE)
-    pytester.makeini("[pytest]\nmarkers =\n    gpu: x\n    quick: x\n")
+    pytester.makeini("[pytest]\nmarkers =\n    gpu: x\n    quick: x\n    together: x\n")
     pytester.syspathinsert(root)
     return pytester
 
@@ -108,6 +108,21 @@ def test_turns_failures_and_skips(suite: pytest.Pytester) -> None:
     # In turns, the cases too, and nobody works while it is not its turn.
     assert "(a4)(b4)(a5)(b5)(a4)(b4)(a5)(b5)" in log
     assert log.endswith("(A4(B4(WRONG4(A5(B5(WRONG5")
+
+
+def test_tests_that_are_marked_so_take_turns_together(suite: pytest.Pytester) -> None:
+    more = """
+CASES = [Case("op", (("N", 7),), quick=True)]
+
+@pytest.mark.parametrize(("case", "side"), grid(CASES, SIDES, check))
+def test_more(turns, case, side):
+    turns(case, side)
+"""
+    marked = "@pytest.mark.together\n@pytest.mark.parametrize"
+    suite.makepyfile(test_suite=(SUITE + more).replace("@pytest.mark.parametrize", marked))
+    outcomes, _ = run(suite)
+    assert outcomes["passed"] == 6 and outcomes["skipped"] == 3
+    assert "(a4)(b4)(a5)(b5)(a7)(b7)(a4)(b4)(a5)(b5)(a7)(b7)" in (suite.path / "log").read_text()
 
 
 def test_a_side_that_is_chosen_alone(suite: pytest.Pytester) -> None:
