@@ -1,5 +1,6 @@
 """Things that are timed in processes of their own: with their own allocator, threads and workers."""
 
+import atexit
 import subprocess
 import sys
 from collections.abc import Callable
@@ -16,21 +17,25 @@ from benchmarks.sides import Call
 PRELOADED = ["benchmarks.lightly_sides", "benchmarks.lightly_moco", "benchmarks.lightly_byol", "fastssl.data.loader"]
 
 
-# Ends a process and its workers once we are gone, however we went: stopped ones would wait for ever.
+# Ends the processes that it was told of once we are gone, however we went: stopped ones would wait for ever.
 GUARD = """
 import sys, psutil
-try:
-    process = psutil.Process(int(sys.argv[1]))
-    sys.stdin.read()
-    for one in [process, *process.children(recursive=True)]:
-        one.kill()
-except psutil.NoSuchProcess:
-    pass
+from contextlib import suppress
+family = {}
+for line in sys.stdin:
+    for pid in map(int, line.split()):
+        with suppress(psutil.NoSuchProcess):
+            family.setdefault(pid, psutil.Process(pid))
+for process in family.values():
+    with suppress(psutil.NoSuchProcess):  # it knows if the number was given to another
+        process.kill()
 """
 
 
 class Apart(AbstractContextManager["Apart"]):
     """Something that lives in a process of its own, with its own allocator, threads and workers.
+
+    Neither the process nor its workers outlive us.
 
     Args:
         make: what to make there; it may have a method ``close``.
@@ -50,9 +55,13 @@ class Apart(AbstractContextManager["Apart"]):
         self._process = context.Process(target=_serve, args=(theirs, make, arguments))
         self._process.start()
         theirs.close()  # so that its end is seen here
+        self._first = psutil.Process(self._process.pid)
         self._family: list[psutil.Process] = []
-        command = [sys.executable, "-c", GUARD, str(self._process.pid)]
-        self._guard = subprocess.Popen(command, stdin=subprocess.PIPE, start_new_session=True)  # deaf to a ctrl-c
+        self._guard = subprocess.Popen(
+            [sys.executable, "-c", GUARD], stdin=subprocess.PIPE, text=True, start_new_session=True
+        )  # in a session of its own, where no ctrl-c comes
+        atexit.register(self._release)  # before multiprocessing waits for those that nobody closed
+        self._know([self._first])
 
     def __call__(self, name: str, *arguments: Any) -> Any:
         """Call a method there, and wait for what it returns."""
@@ -61,10 +70,9 @@ class Apart(AbstractContextManager["Apart"]):
 
     def pause(self) -> None:
         """Stop the process and its workers where they are."""
+        self._all(psutil.Process.suspend)  # at once; looking for new ones takes milliseconds
         with suppress(psutil.NoSuchProcess):  # it has failed, and the next call says so
-            process = psutil.Process(self._process.pid)
-            process.suspend()  # first, so that it makes no others
-            self._family = [process, *process.children(recursive=True)]
+            self._know([self._first, *self._first.children(recursive=True)])
         self._all(psutil.Process.suspend)
 
     def resume(self) -> None:
@@ -76,11 +84,24 @@ class Apart(AbstractContextManager["Apart"]):
         self.resume()
         self._pipe.close()
         self._process.join(timeout=20)
-        self._guard.communicate()
+        self._release()
+        self._guard.wait()
         self._process.join()
+        atexit.unregister(self._release)
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+    def _know(self, family: list[psutil.Process]) -> None:
+        if family != self._family:
+            self._family = family
+            assert self._guard.stdin is not None
+            print(*(one.pid for one in family), file=self._guard.stdin, flush=True)
+
+    def _release(self) -> None:
+        """Let the guard end what is left."""
+        assert self._guard.stdin is not None
+        self._guard.stdin.close()
 
     def _all(self, do: Callable[[psutil.Process], None]) -> None:
         for process in self._family:

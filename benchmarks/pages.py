@@ -215,12 +215,13 @@ def method_section(run: Run, name: str) -> list[str]:
         facts += [f"What the machine itself does ({device}): {', '.join(does)}"] if does else []
     facts += [", ".join(f"{package} {version}" for package, version in sorted(m.versions.items()))]
     lines = [f"- {fact}" for fact in facts]
+    paired = "the median over the rounds of a peer's time divided by ours, or the ratio of the medians without turns"
+    ratio = paired if any(row.samples for row in run.rows) else "the median of the fastest peer divided by ours"
     text = (
         "Each time is the median of a side's rounds, ± half their interquartile range. Peak memory is what one call "
-        "needs beyond what was there before. A ratio is the median over the rounds of a peer's time divided by ours, "
-        "where the sides took turns, and the ratio of the medians elsewhere: above 1 fastssl is faster. Bounds are "
-        "yardsticks (bare products, copies, backbones), never peers. CUDA graphs are compared with CUDA graphs where a "
-        "peer has one."
+        f"needs beyond what was there before. A ratio is {ratio}: above 1 fastssl is faster. The fastest peer is the "
+        "one with the lowest ratio. Bounds are yardsticks (bare products, copies, backbones), never peers. CUDA graphs "
+        "are compared with CUDA graphs where a peer has one."
     )
     return [*lines, "", text, ""]
 

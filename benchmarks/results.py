@@ -108,7 +108,7 @@ class Comparison:
         peers = [row for row in self.rows if row.role == "peer"]
         if mine.graph or any(row.graph for row in self.rows if row.role == "ours"):
             peers = [row for row in peers if row.graph == mine.graph]
-        return min(peers, key=lambda row: row.median, default=None)
+        return min(peers, key=lambda row: ratio_of(row, mine), default=None)
 
     @property
     def duels(self) -> tuple[tuple[Row, Row], ...]:
@@ -274,11 +274,11 @@ def read_row(entry: Any, number: int, path: Path) -> Row:
         items=get(extra, "items", (int, NONE), where),
         unit=get(extra, "unit", (str, NONE), where),
         title=title,
-        samples=tuple(get(stats, "data", (list,), f"{where}: stats")) if extra.get("in_turns") else (),
+        samples=tuple(stats.get("data", ())) if extra.get("in_turns") else (),
     )
     for seconds in (row.median, *row.samples):
-        if not isinstance(seconds, NUMBER) or not seconds > 0:
-            raise ResultsError(f"{where}: a time of {seconds!r}, it has to be above 0")
+        if not isinstance(seconds, NUMBER) or isinstance(seconds, bool) or not 0 < seconds < math.inf:
+            raise ResultsError(f"{where}: a time of {seconds!r}, it has to be a finite number above 0")
     return row
 
 

@@ -64,14 +64,14 @@ class Case:
 class Call:
     """What is timed. A side's `make` gives one where a plain function will not do."""
 
-    seconds = 5e-3  # that a sample takes at least; shorter calls are repeated
+    seconds, calls = 5e-3, 1  # that a sample has at least
 
     def __call__(self) -> Any:
         """Do it; what it returns is checked the first time."""
         raise NotImplementedError
 
     def settle(self) -> None:
-        """Wait for what a call has left to be done: after every call, and not timed."""
+        """Wait for what calls have left to be done: after every sample, and not timed."""
 
     def wake(self) -> None:
         """Its turn begins."""
@@ -81,7 +81,12 @@ class Call:
 
     def peak_memory(self, device: str) -> int | None:
         """Bytes that it needs beyond what was there before; None where that cannot be told."""
-        return peak_memory(self, device)
+
+        def whole() -> None:
+            self()
+            self.settle()
+
+        return peak_memory(whole, device)
 
     def close(self) -> None:
         """Let go of all that it holds."""

@@ -11,7 +11,7 @@ import math
 import time
 import traceback
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any
 
@@ -23,12 +23,13 @@ from benchmarks.clocks import CLOCKS, Graph
 from benchmarks.sides import Call, Case, Function, Side
 
 MOST_CALLS = 1000  # of a sample
+SHORT = 0.1  # seconds of a call that may be tried a few times before
 ROUNDS = (7, 60)  # at least, at most
 SECONDS, ALONE = 1.5, 3  # that a side is timed if that makes enough rounds; alone, so many times as long
 SLOW, SLOW_ROUNDS = 3.0, 5  # seconds of a round, and how many must do then
 QUICK_ROUNDS, QUICK_SECONDS = (3, 10), 0.1
-Group = tuple[object, ...]
 SILENCE = 20  # seconds after which people want to know what is going on
+Group = tuple[object, ...]
 
 
 class Told:
@@ -84,8 +85,11 @@ class Measured:
                 self.peak = call.peak_memory(self.case.device)
                 seconds = time.perf_counter() - start
             if seconds < SLOW:  # else this is all that is asked: how many rounds it is given
-                seconds = min(self._seconds(call, 1) for _ in range(1 if seconds > call.seconds else 2))
-        self.calls = min(MOST_CALLS, max(1, math.ceil(call.seconds / max(seconds, 1e-9))))
+                seconds = self._seconds(call, 1)
+                if seconds < SHORT and call.seconds:  # how many calls make a sample should not hang on a hiccup
+                    seconds = min(seconds, *(self._seconds(call, 1) for _ in range(4)))
+        seconds = max(seconds, 1e-9)
+        self.calls = min(MOST_CALLS, max(call.calls, math.ceil(call.seconds / seconds)))
         return seconds * self.calls
 
     def sample(self) -> None:
@@ -101,12 +105,13 @@ class Measured:
     @contextmanager
     def turn(self) -> Iterator[Call]:
         """Only now may it work."""
-        assert self.call is not None
-        self.call.wake()
+        call = self.call
+        assert call is not None
+        call.wake()
         try:
-            yield self.call
+            yield call
         finally:
-            self.call.rest()
+            call.rest()
 
     @contextmanager
     def blamed(self) -> Iterator[None]:
@@ -128,9 +133,10 @@ class Measured:
     def close(self) -> None:
         """Let go of all that the call holds."""
         call, self.call = self.call, None
-        if call is not None:
-            call.wake()
-            call.close()
+        with self.blamed():
+            if call is not None:
+                call.wake()
+                call.close()
 
 
 class Turns:
@@ -166,29 +172,28 @@ class Turns:
         return next(one for one in self._groups[group][_test(item), case] if one.side == side)
 
     def _run(self, cases: list[list[Measured]]) -> None:
-        everybody = [one for sides in cases for one in sides]
-        try:
+        with ExitStack() as last:  # goes on closing when one of them is interrupted
+            for sides in cases:
+                for one in sides:
+                    last.callback(one.close)
             plans = [self._prepare(sides) for sides in cases]
             if not any(count for count, _ in plans):
                 return
             seconds = sum(count * seconds for count, seconds in plans)
             if seconds > SILENCE:
-                self._say(f"\nmeasuring {len(everybody)} sides of {len(cases)} cases in turns: {seconds:.0f} s")
+                self._say(f"\nmeasuring {sum(map(len, cases))} sides of {len(cases)} cases in turns: {seconds:.0f} s")
             gc.collect()
             gc.freeze()  # what there is now need not be looked at again
             gc.disable()  # a collection would be counted to whom it happens
+            last.callback(gc.unfreeze)
+            last.callback(gc.enable)
             for number in turn_order([count for count, _ in plans]):
                 gc.collect()
                 for one in cases[number]:
                     if one.failure is None:
                         with one.blamed():
                             one.sample()
-        finally:
-            gc.enable()
-            gc.unfreeze()
-            for one in everybody:
-                with one.blamed():
-                    one.close()
+                cases[number].reverse()  # nobody always comes after the same one
 
     def _prepare(self, sides: list[Measured]) -> tuple[int, float]:
         """Make the sides of a case ready; returns how many rounds they are given, and the seconds of one."""
@@ -228,6 +233,8 @@ def report(benchmark: BenchmarkFixture, case: Case, measured: Measured) -> None:
     """Tell pytest-benchmark the samples of one side, and what the reports need to know."""
     if measured.failure is not None:
         raise measured.failure
+    if not measured.samples:
+        raise RuntimeError("it was not measured, for the first test of its group failed")
     side = measured.side
     benchmark.group = case.title
     benchmark.extra_info |= {

@@ -50,6 +50,8 @@ if __name__ == "__main__":
     peer = Apart(Ticking, sys.argv[1])
     print(peer("name"), flush=True)
     ApartCall(peer).rest()
+    if sys.argv[2] == "both":
+        os.kill(peer._process.pid, signal.SIGKILL)
     os.kill(os.getpid(), signal.SIGKILL)
 """
 
@@ -103,11 +105,11 @@ def test_nobody_works_while_it_is_not_his_turn(tmp_path: Path) -> None:
     assert seen(lambda: state(worker) in ("", "Z"))
 
 
-def test_a_stopped_one_does_not_outlive_us(tmp_path: Path) -> None:
+@pytest.mark.parametrize("dies", ["main", "both"])
+def test_a_stopped_one_does_not_outlive_us(tmp_path: Path, dies: str) -> None:
     root = Path(__file__).parents[2]
-    done = subprocess.run(
-        [sys.executable, "-c", DIES, str(tmp_path / "ticks")], cwd=root, capture_output=True, text=True, timeout=60,
-        env=os.environ | {"PYTHONPATH": str(root)},
-    )  # fmt: skip
+    command = [sys.executable, "-c", DIES, str(tmp_path / "ticks"), dies]
+    paths = os.environ | {"PYTHONPATH": str(root)}
+    done = subprocess.run(command, cwd=root, env=paths, capture_output=True, text=True, timeout=60)
     worker = int(done.stdout)
     assert seen(lambda: state(worker) in ("", "Z"), 20), state(worker)
