@@ -65,6 +65,7 @@ class Call:
     """What is timed. A side's `make` gives one where a plain function will not do."""
 
     seconds, calls = 5e-3, 1  # that a sample has at least
+    rounds = 7  # that will do where they take long
 
     def __call__(self) -> Any:
         """Do it; what it returns is checked the first time."""

@@ -221,7 +221,7 @@ QUEUE_SIDES = (
     Side("info-nce-pytorch", package, differs="normalises the queue as well", when=is_base),
     Side("lightly", lightly, differs=ENQUEUES, when=is_base),
     Side("pytorch-metric-learning", metric_learning, differs=MASKS, agrees=False, when=is_small),
-    Side("two products alone", products, role="bound", agrees=False),
+    Side("two products alone", products, role="bound", agrees=False, when=lambda case: case["K"] < 1_048_576),
     Side("fastssl", plain(ours), role="ours"),
 )
 IN_BATCH_SIDES = (

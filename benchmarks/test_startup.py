@@ -25,6 +25,8 @@ class Python(Call):
         arguments: of the interpreter.
     """
 
+    rounds = 3  # a start varies little
+
     def __init__(self, *arguments: str) -> None:
         self._command = [sys.executable, *arguments]
 

@@ -26,7 +26,7 @@ MOST_CALLS = 1000  # of a sample
 SHORT = 0.1  # seconds of a call that may be tried a few times before
 ROUNDS = (7, 60)  # at least, at most
 SECONDS, ALONE = 1.5, 3  # that a side is timed if that makes enough rounds; alone, so many times as long
-SLOW, SLOW_ROUNDS = 3.0, 5  # seconds of a round, and how many must do then
+SLOW = {3.0: 5, 10.0: 3}  # seconds of a round, and how many must do then
 QUICK_ROUNDS, QUICK_SECONDS = (3, 10), 0.1
 SILENCE = 20  # seconds after which people want to know what is going on
 Group = tuple[object, ...]
@@ -84,7 +84,7 @@ class Measured:
                 start = time.perf_counter()
                 self.peak = call.peak_memory(self.case.device)
                 seconds = time.perf_counter() - start
-            if seconds < SLOW:  # else this is all that is asked: how many rounds it is given
+            if seconds < min(SLOW):  # else this is all that is asked: how many rounds it is given
                 seconds = self._seconds(call, 1)
                 if seconds < SHORT and call.seconds:  # how many calls make a sample should not hang on a hiccup
                     seconds = min(seconds, *(self._seconds(call, 1) for _ in range(4)))
@@ -205,8 +205,8 @@ class Turns:
         if not ready:
             return 0, 0.0
         least, most = self._rounds
-        if seconds > SLOW:
-            least = min(least, SLOW_ROUNDS)
+        least = min([least, *(one.call.rounds for one in sides if one.call)])
+        least = min([least, *(rounds for slow, rounds in SLOW.items() if seconds > slow)])
         case = sides[0].case
         if len(sides) == 1 and not case.alone:  # there is no ratio
             least = min(least, QUICK_ROUNDS[0])
