@@ -25,7 +25,7 @@ from benchmarks.sides import Call, Case, Function, Side
 MOST_CALLS = 1000  # of a sample
 SHORT = 0.1  # seconds of a call that may be tried a few times before
 ROUNDS = (7, 60)  # at least, at most
-SECONDS, ALONE = 1.5, 3  # that a side is timed if that makes enough rounds; alone, so many times as long
+SECONDS, ALONE = 1.2, 3  # that a side is timed if that makes enough rounds; alone, so many times as long
 SLOW = {3.0: 5, 10.0: 3}  # seconds of a round, and how many must do then
 QUICK_ROUNDS, QUICK_SECONDS = (3, 10), 0.1
 SILENCE = 20  # seconds after which people want to know what is going on
@@ -176,6 +176,8 @@ class Turns:
             for sides in cases:
                 for one in sides:
                     last.callback(one.close)
+            gc.freeze()  # what there is now need not be looked at in every collection
+            last.callback(gc.unfreeze)
             plans = [self._prepare(sides) for sides in cases]
             if not any(count for count, _ in plans):
                 return
@@ -183,9 +185,8 @@ class Turns:
             if seconds > SILENCE:
                 self._say(f"\nmeasuring {sum(map(len, cases))} sides of {len(cases)} cases in turns: {seconds:.0f} s")
             gc.collect()
-            gc.freeze()  # what there is now need not be looked at again
+            gc.freeze()
             gc.disable()  # a collection would be counted to whom it happens
-            last.callback(gc.unfreeze)
             last.callback(gc.enable)
             for number in turn_order([count for count, _ in plans]):
                 gc.collect()
