@@ -98,10 +98,11 @@ class Function(Call):
 
     Args:
         function: without arguments.
+        seconds: that a sample takes at least.
     """
 
-    def __init__(self, function: Callable[[], Any]) -> None:
-        self._function = function
+    def __init__(self, function: Callable[[], Any], seconds: float = Call.seconds) -> None:
+        self._function, self.seconds = function, seconds
 
     def __call__(self) -> Any:
         return self._function()

@@ -1,7 +1,6 @@
 """Enqueueing a batch of keys into queues of several sizes, beside the code of MoCo's authors and other libraries."""
 
 from collections.abc import Callable
-from typing import Any
 
 import pytest
 import torch
@@ -9,12 +8,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks import peers
-from benchmarks.sides import DEVICES, Case, Side, grid
+from benchmarks.sides import DEVICES, Case, Function, Side, grid
 from fastssl.ops import KeyQueue
 
 pytestmark = pytest.mark.together
 
 N, D = 256, 128
+SAMPLE = 0.05  # seconds: a side that copies the whole queue leaves others' caches cold for a while
 
 
 class Authors:
@@ -34,17 +34,17 @@ def batch(case: Case) -> Tensor:
     return torch.randn(N, D, generator=torch.Generator().manual_seed(0)).to(case.device)
 
 
-def authors(case: Case) -> Callable[[], Any]:
+def authors(case: Case) -> Function:
     enqueue, keys = Authors(case["K"], case.device), F.normalize(batch(case))
 
     def step() -> Tensor:
         enqueue(keys)
         return enqueue.queue.T
 
-    return step
+    return Function(step, SAMPLE)
 
 
-def lightly(case: Case) -> Callable[[], Any]:
+def lightly(case: Case) -> Function:
     module = peers.peer("lightly.models.modules.memory_bank", "lightly").MemoryBankModule((case["K"], D))
     module, keys = module.to(case.device), F.normalize(batch(case))
 
@@ -52,10 +52,10 @@ def lightly(case: Case) -> Callable[[], Any]:
         module(keys, update=True)
         return module.bank
 
-    return step
+    return Function(step, SAMPLE)
 
 
-def metric_learning(case: Case) -> Callable[[], Any]:
+def metric_learning(case: Case) -> Function:
     losses = peers.peer("pytorch_metric_learning.losses", "pytorch-metric-learning")
     memory = losses.CrossBatchMemory(losses.NTXentLoss(), D, case["K"])
     memory.embedding_memory, memory.label_memory = (
@@ -68,17 +68,17 @@ def metric_learning(case: Case) -> Callable[[], Any]:
         memory.add_to_memory(keys, labels, N)
         return memory.embedding_memory
 
-    return step
+    return Function(step, SAMPLE)
 
 
-def ours(case: Case) -> Callable[[], Any]:
+def ours(case: Case) -> Function:
     queue, keys = KeyQueue(case["K"], D, device=case.device), batch(case)  # filled, so that its pages are in memory
 
     def step() -> Tensor:
         queue.enqueue_(keys)
         return queue.keys
 
-    return step
+    return Function(step, SAMPLE)
 
 
 def check(case: Case, stored: Tensor) -> None:
