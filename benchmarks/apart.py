@@ -11,7 +11,7 @@ from typing import Any
 
 import psutil
 
-from benchmarks.sides import Call
+from benchmarks.sides import Elsewhere
 
 # Imported once, by the server that processes are forked from: it has no threads, loaders or allocator settings yet.
 PRELOADED = ["benchmarks.lightly_sides", "benchmarks.lightly_moco", "benchmarks.lightly_byol", "fastssl.data.loader"]
@@ -109,7 +109,7 @@ class Apart(AbstractContextManager["Apart"]):
                 do(process)
 
 
-class ApartCall(Call):
+class ApartCall(Elsewhere):
     """Calls into a process that stands still while it is not its turn, so that loaders do not work ahead.
 
     Args:
@@ -127,10 +127,6 @@ class ApartCall(Call):
     def rest(self) -> None:
         if self._pauses:
             self.peer.pause()
-
-    def peak_memory(self, device: str) -> int | None:
-        """Of the other process, and not known here."""
-        return None
 
     def close(self) -> None:
         self.peer.close()

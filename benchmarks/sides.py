@@ -1,5 +1,6 @@
 """What a comparison is made of: a case (one op, one shape, one device) and the sides that do it."""
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
@@ -61,15 +62,15 @@ class Case:
         return "-".join([self.device, *(str(v) if isinstance(v, str) else f"{k}{v}" for k, v in self.axes)])
 
 
-class Call:
+class Call(ABC):
     """What is timed. A side's `make` gives one where a plain function will not do."""
 
     seconds, calls = 5e-3, 1  # that a sample has at least
     rounds = 7  # that will do where they take long
 
+    @abstractmethod
     def __call__(self) -> Any:
         """Do it; what it returns is checked the first time."""
-        raise NotImplementedError
 
     def settle(self) -> None:
         """Wait for what calls have left to be done: after every sample, and not timed."""
@@ -106,6 +107,13 @@ class Function(Call):
 
     def __call__(self) -> Any:
         return self._function()
+
+
+class Elsewhere(Call):
+    """What other processes do: their memory cannot be told here."""
+
+    def peak_memory(self, device: str) -> int | None:
+        return None
 
 
 @dataclass(frozen=True)

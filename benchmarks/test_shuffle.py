@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from benchmarks.sides import Call, Case, Side, grid
+from benchmarks.sides import Case, Elsewhere, Side, grid
 from fastssl.ops import shuffle_batch
 from fastssl.ops.reference import gather
 from tests import processes
@@ -66,7 +66,7 @@ def rank_of(rank: int, world: int, rows: int, shuffle: Shuffle, meeting: str, pi
     dist.destroy_process_group()
 
 
-class Ranks(Call):
+class Ranks(Elsewhere):
     """Processes that shuffle together when it is called.
 
     Args:
@@ -91,9 +91,6 @@ class Ranks(Call):
         for pipe in self._pipes:
             pipe.send("shuffle")
         return [pipe.recv() for pipe in self._pipes]
-
-    def peak_memory(self, device: str) -> None:
-        """Not known here: it is theirs."""
 
     def close(self) -> None:
         for pipe in self._pipes:

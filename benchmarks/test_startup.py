@@ -10,7 +10,7 @@ from collections.abc import Callable
 import pytest
 
 from benchmarks.peers import peer
-from benchmarks.sides import Call, Case, Side, grid
+from benchmarks.sides import Case, Elsewhere, Side, grid
 
 SHAPE = "import torch; q, k, queue = torch.randn(32, 128), torch.randn(32, 128), torch.randn(4096, 128)"
 OURS = f"{SHAPE}; from fastssl.ops import info_nce; print(float(info_nce(q, k, queue, temperature=0.07)))"
@@ -18,7 +18,7 @@ THEIRS = f"{SHAPE}; from info_nce import info_nce; print(float(info_nce(q, k, qu
 FIRST_STEP = "from benchmarks.lightly_sides import Fastssl; print(Fastssl('moco', []).run('whole', 1))"
 
 
-class Python(Call):
+class Python(Elsewhere):
     """A run of Python, which gives what it prints.
 
     Args:
@@ -32,10 +32,6 @@ class Python(Call):
 
     def __call__(self) -> str:
         return subprocess.run(self._command, check=True, capture_output=True, text=True).stdout
-
-    def peak_memory(self, device: str) -> int | None:
-        """Of another process, and not known here."""
-        return None
 
 
 def python(*arguments: str, needs: tuple[str, str] | None = None) -> Callable[[Case], Python]:

@@ -24,7 +24,7 @@ from benchmarks.sides import Call, Case, Function, Side
 
 MOST_CALLS = 1000  # of a sample
 SHORT = 0.1  # seconds of a call that may be tried a few times before
-ROUNDS = (7, 60)  # at least, at most
+ROUNDS = (Call.rounds, 60)  # at least, at most
 SECONDS, ALONE = 1.2, 3  # that a side is timed if that makes enough rounds; alone, so many times as long
 SLOW = {3.0: 5, 10.0: 3}  # seconds of a round, and how many must do then
 QUICK_ROUNDS, QUICK_SECONDS = (3, 10), 0.1
@@ -78,7 +78,7 @@ class Measured:
                 graph = Graph(call)
                 if self.side.agrees:
                     graph.prove(partial(check, self.case) if check is not None and self.side.pure else None)
-                self.call = call = Function(graph)
+                self.call = call = Function(graph, call.seconds)
             seconds = 0.0
             if not (self.side.graph or self.case.alone):  # of a graph it was taken when it was captured
                 start = time.perf_counter()

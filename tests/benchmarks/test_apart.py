@@ -41,15 +41,22 @@ class Ticking:
         self._worker.wait()
 
 
+class Name(ApartCall):
+    """Asks for the number of the worker."""
+
+    def __call__(self) -> int:
+        return int(self.peer("name"))
+
+
 TICK = "import sys, time\nwhile True:\n    open(sys.argv[1], 'a').write('.')\n    time.sleep(0.01)"
 DIES = """
 import os, signal, sys
 from benchmarks.apart import Apart, ApartCall
-from tests.benchmarks.test_apart import Ticking
+from tests.benchmarks.test_apart import Name, Ticking
 if __name__ == "__main__":
     peer = Apart(Ticking, sys.argv[1])
     print(peer("name"), flush=True)
-    ApartCall(peer).rest()
+    Name(peer).rest()
     if sys.argv[2] == "both":
         os.kill(peer._process.pid, signal.SIGKILL)
     os.kill(os.getpid(), signal.SIGKILL)
@@ -90,8 +97,8 @@ def test_a_failure_is_told() -> None:
 
 def test_nobody_works_while_it_is_not_his_turn(tmp_path: Path) -> None:
     ticks = tmp_path / "ticks"
-    call = ApartCall(Apart(Ticking, str(ticks)))
-    worker = call.peer("name")
+    call = Name(Apart(Ticking, str(ticks)))
+    worker = call()
     assert seen(lambda: size(ticks) > 0)
     call.rest()
     assert seen(lambda: state(worker) == "T")
