@@ -33,6 +33,7 @@ MEMORY, JPEG = "32 px in memory", "JPEG 256 to 224"
 SIZES = {MEMORY: 32, JPEG: 224}  # of a view
 BATCH = {MEMORY: 256, JPEG: 32}
 BATCHES = 2  # a call; one of each worker, which makes whole batches
+CHECKED = 4  # whose views are looked at before anything is timed
 LOADING = {
     "torchvision": Loading("torchvision", workers=WORKERS),
     "torchvision, 23 taps": Loading("torchvision", workers=WORKERS),
@@ -144,7 +145,7 @@ class Batches(ApartCall):
         if self._told:
             return self.peer("run", BATCHES)
         self._told = True
-        return self.peer("summary", BATCHES)
+        return self.peer("summary", CHECKED)
 
 
 def root(case: Case) -> str | None:
@@ -156,7 +157,7 @@ def expected(kind: str, root: str | None) -> list[tuple[Any, ...]]:
     """Of torchvision's, made in this process."""
     stream = Stream("torchvision", kind, root, "cpu", workers=0)
     try:
-        return stream.summary(2 * BATCHES)
+        return stream.summary(2 * CHECKED)
     finally:
         stream.close()
 
@@ -164,12 +165,12 @@ def expected(kind: str, root: str | None) -> list[tuple[Any, ...]]:
 def check(case: Case, result: list[tuple[Any, ...]]) -> None:
     """Shape and dtype, and mean and deviation as near as other draws let them come.
 
-    Of 64 images of 224 pixels the deviation is 0.78 ± 0.03, and the mean 0.2 ± 0.06.
+    Of 128 images of 224 pixels the deviation is 0.78 ± 0.02, and the mean 0.2 ± 0.04.
     """
     kind = case["images"]
     for one, right in zip(result, expected(kind, root(case)), strict=True):
         assert one[:2] == right[:2]
-        assert one[2] == pytest.approx(right[2], abs=0.25) and one[3] == pytest.approx(right[3], rel=0.2)
+        assert one[2] == pytest.approx(right[2], abs=0.25) and one[3] == pytest.approx(right[3], rel=0.15)
 
 
 def side(name: str, **other: Any) -> Side:
