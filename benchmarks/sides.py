@@ -67,6 +67,7 @@ class Call(ABC):
 
     seconds, calls = 5e-3, 1  # that a sample has at least
     rounds = 7  # that will do where they take long
+    cold = False  # whether every call takes as long as the first
 
     @abstractmethod
     def __call__(self) -> Any:

@@ -26,6 +26,7 @@ class Python(Elsewhere):
     """
 
     rounds = 3  # a start varies little
+    cold = True
 
     def __init__(self, *arguments: str) -> None:
         self._command = [sys.executable, *arguments]

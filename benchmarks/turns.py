@@ -69,7 +69,9 @@ class Measured:
         made = self.side.make(self.case)
         self.call = made if isinstance(made, Call) else Function(made)
         with self.turn() as call:
+            start = time.perf_counter()
             result = call()  # the first call compiles, and brings code and threads into memory
+            first = time.perf_counter() - start
             call.settle()
             if check is not None:
                 check(self.case, result)
@@ -79,18 +81,22 @@ class Measured:
                 if self.side.agrees:
                     graph.prove(partial(check, self.case) if check is not None and self.side.pure else None)
                 self.call = call = Function(graph, call.seconds)
-            seconds = 0.0
-            if not (self.side.graph or self.case.alone):  # of a graph it was taken when it was captured
-                start = time.perf_counter()
-                self.peak = call.peak_memory(self.case.device)
-                seconds = time.perf_counter() - start
-            if seconds < min(SLOW):  # else this is all that is asked: how many rounds it is given
-                seconds = self._seconds(call, 1)
-                if seconds < SHORT and call.seconds:  # how many calls make a sample should not hang on a hiccup
-                    seconds = min(seconds, *(self._seconds(call, 1) for _ in range(4)))
-        seconds = max(seconds, 1e-9)
+            seconds = max(first if call.cold else self._once_more(call), 1e-9)
         self.calls = min(MOST_CALLS, max(call.calls, math.ceil(call.seconds / seconds)))
         return seconds * self.calls
+
+    def _once_more(self, call: Call) -> float:
+        """How much memory the call takes now that it is warm, and about how many seconds."""
+        seconds = 0.0
+        if not (self.side.graph or self.case.alone):  # of a graph it was taken when it was captured
+            start = time.perf_counter()
+            self.peak = call.peak_memory(self.case.device)
+            seconds = time.perf_counter() - start
+        if seconds < min(SLOW):  # else this is all that is asked: how many rounds it is given
+            seconds = self._seconds(call, 1)
+            if seconds < SHORT and call.seconds:  # how many calls make a sample should not hang on a hiccup
+                seconds = min(seconds, *(self._seconds(call, 1) for _ in range(4)))
+        return seconds
 
     def sample(self) -> None:
         """Time the call, as often as a sample needs it."""
