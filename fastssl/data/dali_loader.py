@@ -25,6 +25,7 @@ from fastssl.errors import DataError, FastsslError
 from fastssl.ops import augment_, photometric
 
 READERS = 16  # threads that wait for a disk, more than there are cores
+ROUNDED_AT_ONCE = 2**18  # values, which a cache holds
 
 
 class _Batch(NamedTuple):
@@ -232,9 +233,9 @@ class DaliLoader:
 
 
 def _rounded(images: Tensor) -> Tensor:
-    """To 8 bits, halves upwards; `images`, 0…255 in float32, are overwritten. A few at a time, which a cache holds."""
+    """To 8 bits, halves upwards; `images`, 0…255 in float32, are overwritten."""
     result = torch.empty_like(images, dtype=torch.uint8)
-    at_once = len(images) if images.is_cuda else 4
+    at_once = len(images) if images.is_cuda else max(1, ROUNDED_AT_ONCE // images[0].numel())
     for some, to in zip(images.split(at_once), result.split(at_once), strict=True):
         to.copy_(some.add_(0.5 + dali_graph.ROUND_UP))  # which cuts off
     return result

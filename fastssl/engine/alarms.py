@@ -9,19 +9,20 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-NAMES = ("collapse", "stuck", "nonfinite", "drift", "throughput", "lag")
+NAMES = ("collapse", "alike", "stuck", "nonfinite", "drift", "throughput", "lag")
 
 # Thresholds lie between what healthy trainings and those broken on purpose were seen to do: docs/alarms.md.
 LEAST_SPREAD = 0.2
 LEAST_RANK = 5.0
-LEAST_ROWS = 32  # embeddings and components below which an effective rank tells nothing
+LEAST_ROWS = 32  # embeddings and components below which an effective rank tells nothing, nor d′ of fewer embeddings
+LEAST_D_PRIME = 0.3
 NEAR_CHANCE = 0.95  # of the loss at chance
 MOST_DRIFT = 0.7
 COPY_DRIFT = 1e-8  # below the rounding of float32, so no momentum explains it
 SLOW, LAGGING, LAGGING_PART = 0.5, 1.5, 0.2
 HISTORY, LEAST_HISTORY = 60, 10  # windows whose median is the usual speed
 
-WINDOWS = {"collapse": 5, "stuck": 5, "nonfinite": 1, "drift": 5, "throughput": 10, "lag": 5}  # in a row
+WINDOWS = {"collapse": 5, "alike": 5, "stuck": 5, "nonfinite": 1, "drift": 5, "throughput": 10, "lag": 5}  # in a row
 EARLY_STEPS = 100  # before them a network may look like anything
 # A contrastive loss stays near chance at first, and pulls apart again what has collapsed: both may last for epochs.
 EARLY_CONTRASTIVE_STEPS, EARLY_CONTRASTIVE_EPOCHS, EARLY_AT_MOST_STEPS = 500, 5.0, 10_000
@@ -47,20 +48,22 @@ def health(method: Any) -> dict[str, float]:
     Needs one transfer to the host, so it is meant for the steps that are logged.
 
     Args:
-        method: with `embeddings`, N×D of the last training forward on this rank, or None; and `momentum_pair`, the
-            momentum network and the network that it follows.
+        method: with `embeddings`, those of both views in the last training forward on this rank, each N×D, or None; and
+            `momentum_pair`, the momentum network and the network that it follows.
 
     Returns:
         What is known and finite of: spread, √D times the mean over dimensions of the standard deviation over the batch
         of the l2-normalised embeddings, from 0 (collapsed) to 1 (isotropic) (SimSiam, arXiv:2011.10566, section 4.1);
         effective_rank, see `effective_rank`, 1…min(N, D), of 32 or more embeddings of 32 or more components;
+        d_prime, see `d_prime`, of 32 or more images;
         drift, ‖θ_k − θ_q‖/‖θ_q‖ over all parameters.
     """
     parts: dict[str, Tensor] = {}
-    embeddings: Tensor | None = method.embeddings
-    if embeddings is not None and len(embeddings) > 1:
-        unit = nn.functional.normalize(embeddings.double(), dim=1)
+    if method.embeddings is not None and len(method.embeddings[0]) > 1:
+        unit, other = (nn.functional.normalize(view.double(), dim=1) for view in method.embeddings)
         parts["spread"] = unit.std(0, correction=0).mean() * math.sqrt(unit.shape[1])
+        if len(unit) >= LEAST_ROWS:
+            parts["d_prime"] = d_prime(unit @ other.T)
         if min(unit.shape) >= LEAST_ROWS:
             parts["gram"] = unit @ unit.T if len(unit) < unit.shape[1] else unit.T @ unit
     target, source = method.momentum_pair
@@ -85,6 +88,20 @@ def effective_rank(gram: Tensor) -> float:
     """
     singular = torch.linalg.eigvalsh(gram).clamp(min=0).sqrt()
     return math.exp(torch.special.entr(singular / singular.sum()).sum().item())
+
+
+def d_prime(similarities: Tensor) -> Tensor:
+    """How far two views of one image are more alike than views of two, in standard deviations of the latter.
+
+    d′ of signal detection (Green & Swets 1966): 0 where nothing tells an image from another, give or take 1/√N.
+
+    Args:
+        similarities: N×N, entry ij of view 1 of image i and view 2 of image j.
+    """
+    count = len(similarities)
+    same = similarities.diagonal()
+    others = similarities.flatten()[:-1].view(count - 1, count + 1)[:, 1:]  # all but the diagonal
+    return (same.mean() - others.mean()) / others.std()
 
 
 def distance(targets: list[Tensor], sources: list[Tensor]) -> Tensor:
@@ -139,7 +156,7 @@ class Alarms:
             epoch: passes over the images so far.
             metrics: of the window; what is missing or not finite is not looked at: loss (mean), lr, momentum,
                 images_per_second, skipped (steps so far without finite loss and gradients), skipped_in_a_row,
-                step_seconds, spread, effective_rank and drift as of `health`.
+                step_seconds, spread, effective_rank, d_prime and drift as of `health`.
             ranks: seconds of its own work a step of each rank, waiting for others left out.
 
         Returns:
@@ -149,6 +166,7 @@ class Alarms:
         skipped, stops = self._nonfinite(known)
         seen = [
             ("collapse", "collapse", self._collapse(step, epoch, known)),
+            ("alike", "alike", self._alike(step, epoch, known)),
             ("stuck", "stuck", self._stuck(step, epoch, known)),
             ("nonfinite", "nonfinite", skipped),
             ("nonfinite", "stop", stops),
@@ -190,8 +208,10 @@ class Alarms:
     # Each of these gives a text where it sees its thing, "" where it does not, None where it cannot know.
 
     def _early(self, step: int, epoch: float) -> bool:
-        if self.chance is None:
-            return step < EARLY_STEPS
+        return step < EARLY_STEPS if self.chance is None else self._first_epochs(step, epoch)
+
+    @staticmethod
+    def _first_epochs(step: int, epoch: float) -> bool:
         return step < EARLY_AT_MOST_STEPS and (step < EARLY_CONTRASTIVE_STEPS or epoch < EARLY_CONTRASTIVE_EPOCHS)
 
     def _collapse(self, step: int, epoch: float, known: Mapping[str, float]) -> str | None:
@@ -210,6 +230,19 @@ class Alarms:
         return (
             f"the embeddings have collapsed: {seen}, so different images look alike to the network. "
             f"Look at lr ({_value(known, 'lr')}; try a tenth, or a longer warmup_epochs), {look}"
+        )
+
+    def _alike(self, step: int, epoch: float, known: Mapping[str, float]) -> str | None:
+        if "d_prime" not in known:
+            return None
+        # A deep network may see little of what its views have in common at first, whatever its loss.
+        if self._first_epochs(step, epoch) or known["d_prime"] >= LEAST_D_PRIME:
+            return ""
+        return (
+            f"two views of one image are no more alike to the network than views of two: d′ is {known['d_prime']:.2f} "
+            f"standard deviations (healthy: above 1, alarm below {LEAST_D_PRIME:g}). Look at the images (are they all "
+            f"the same, black or empty), the augmentation (what does it leave of an image) and lr "
+            f"({_value(known, 'lr')})"
         )
 
     def _stuck(self, step: int, epoch: float, known: Mapping[str, float]) -> str | None:

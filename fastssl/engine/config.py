@@ -9,7 +9,7 @@ import yaml
 from fastssl.errors import FastsslError
 
 RECIPES = Path(__file__).parents[1] / "recipes"
-AlarmName = Literal["collapse", "stuck", "nonfinite", "drift", "throughput", "lag"]
+AlarmName = Literal["collapse", "alike", "stuck", "nonfinite", "drift", "throughput", "lag"]
 
 
 @dataclass(kw_only=True)
@@ -117,7 +117,7 @@ class RunOptions:
     nonfinite_limit: int = 20
     """Steps in a row without finite gradients, each left out, after which the training ends; 0: do not look."""
     stop_on: list[AlarmName] = field(default_factory=list)
-    """Alarms that end the training, after a checkpoint: collapse, stuck, nonfinite, drift, throughput, lag."""
+    """Alarms that end the training, after a checkpoint: collapse, alike, stuck, nonfinite, drift, throughput, lag."""
     log_steps: int = 10
     """Steps between two lines of metrics."""
     knn_epochs: float = 1.0

@@ -25,7 +25,7 @@ class BYOL(nn.Module):
 
     Attributes:
         online, target: backbone and projector; predictor; step: steps made so far; embeddings: the online projections
-            of the last training batch, N×D, without gradient.
+            of both views of the last training batch, each N×D, without gradient.
 
     Raises:
         FastsslError: a value outside its range.
@@ -58,7 +58,7 @@ class BYOL(nn.Module):
         projector = byol_head(feature_dim(backbone), hidden_dim, projection_dim)
         self.online = nn.Sequential(OrderedDict(backbone=backbone, projector=projector))
         self.target = momentum_copy(self.online)
-        self.embeddings: Tensor | None = None
+        self.embeddings: tuple[Tensor, Tensor] | None = None
         self.predictor = byol_head(projection_dim, hidden_dim, projection_dim)
         self.register_buffer("step", torch.zeros((), dtype=torch.int64))
         keep_buffers_local(self)
@@ -78,7 +78,11 @@ class BYOL(nn.Module):
         if len(views) != 2:
             raise FastsslError(f"BYOL takes two views of each image, got {len(views)}")
         v, v_prime = views
-        return self._regress(v, v_prime) + self._regress(v_prime, v)
+        loss, projections = self._regress(v, v_prime)
+        loss_prime, projections_prime = self._regress(v_prime, v)
+        if self.training:
+            self.embeddings = projections, projections_prime
+        return loss + loss_prime
 
     @torch.no_grad()
     def after_step(self) -> None:
@@ -96,11 +100,10 @@ class BYOL(nn.Module):
         progress = self.step.clamp(max=self.total_steps).double() / self.total_steps
         return 1 - (1 - self.base_momentum) * (torch.cos(torch.pi * progress) + 1) / 2
 
-    def _regress(self, view: Tensor, other: Tensor) -> Tensor:
+    def _regress(self, view: Tensor, other: Tensor) -> tuple[Tensor, Tensor]:
         projections = self.online(view)  # N×D
         q = self.predictor(projections)  # predictions: N×D
-        if self.training:
-            self.embeddings = projections.detach()
         with torch.no_grad():
             z = self.target(other)  # target projections: N×D
-        return ops.normalized_mse(in_float(q), in_float(z)).mean()  # half under autocast; the loss is not
+        loss = ops.normalized_mse(in_float(q), in_float(z)).mean()  # half under autocast; the loss is not
+        return loss, projections.detach()

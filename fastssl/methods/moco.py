@@ -32,8 +32,8 @@ class MoCo(nn.Module):
         seed: of the queue's random rows and of the permutations of shuffle-BN; the same on all ranks.
 
     Attributes:
-        encoder_q, encoder_k: backbone and projector; queue: the `fastssl.ops.KeyQueue`; embeddings: the queries of the
-            last training batch, N×D, without gradient.
+        encoder_q, encoder_k: backbone and projector; queue: the `fastssl.ops.KeyQueue`; embeddings: the queries and
+            the keys of the last training batch, each N×D, without gradient.
 
     Raises:
         FastsslError: a value outside its range.
@@ -75,7 +75,7 @@ class MoCo(nn.Module):
         self.queue = ops.KeyQueue(queue_size, dim, dtype=queue_dtype, generator=torch.Generator().manual_seed(seed))
         self._generator = torch.Generator().manual_seed(seed)
         self._stash: list[Tensor] = []
-        self.embeddings: Tensor | None = None
+        self.embeddings: tuple[Tensor, Tensor] | None = None
         keep_buffers_local(self)
 
     @property
@@ -124,7 +124,7 @@ class MoCo(nn.Module):
                 # keys: N×D, and those of all ranks for the queue
                 k, everyone = ops.unshuffle_and_gather(self.encoder_k(shuffled), handle)
             self._stash.append(everyone)
-            self.embeddings = q.detach()
+            self.embeddings = q.detach(), k
         else:  # a validation loss leaves no keys behind
             q = self.encoder_q(view_q)  # queries: N×D
             with torch.no_grad():

@@ -3,6 +3,7 @@
 import json
 import math
 from collections.abc import Callable, Iterator
+from statistics import fmean, stdev
 from types import SimpleNamespace
 from typing import Any
 
@@ -20,7 +21,7 @@ K = 1024
 CHANCE = math.log(K + 1)
 HEALTHY = {
     "loss": 5.0, "lr": 0.06, "momentum": 0.99, "images_per_second": 1000.0, "skipped": 0, "skipped_in_a_row": 0,
-    "spread": 0.9, "effective_rank": 40.0, "drift": 0.05,
+    "spread": 0.9, "effective_rank": 40.0, "d_prime": 3.0, "drift": 0.05,
 }  # fmt: skip
 
 
@@ -128,7 +129,8 @@ def test_nothing_rings_in_a_healthy_training(method: Callable[[], Any], steps: i
     rung, rows = train(method(), images, lr=0.06, steps=steps)
     assert rung == []
     assert rows[-1]["loss"] < 0.9 * rows[4]["loss"]
-    assert {"spread", "effective_rank", "drift"} <= rows[0].keys()
+    assert {"spread", "effective_rank", "d_prime", "drift"} <= rows[0].keys()
+    assert min(row["d_prime"] for row in rows[20:]) > 1
 
 
 @pytest.mark.slow  # a minute each
@@ -178,8 +180,15 @@ def test_a_momentum_network_that_never_moves_rings(images: Tensor) -> None:
 
 def test_images_that_are_all_the_same_ring(images: Tensor) -> None:
     rung, _ = train(moco(), images[:1].expand(512, -1, -1, -1), lr=0.06, steps=700)
-    assert sorted(names(rung)) == ["collapse", "stuck"]
+    assert sorted(names(rung)) == ["alike", "collapse", "stuck"]
     assert "do they and their views differ" in next(alarm.text for alarm in rung if alarm.name == "stuck")
+
+
+def test_images_that_are_all_the_same_ring_without_negatives_too(images: Tensor) -> None:
+    rung, rows = train(byol(), images[:1].expand(512, -1, -1, -1), lr=0.06, steps=600)
+    assert names(rung) == ["alike"]
+    assert rows[-1]["spread"] > 0.2  # their views differ, and are all that it sees
+    assert "are they all the same, black or empty" in rung[0].text
 
 
 # Conditions by numbers.
@@ -189,7 +198,7 @@ def test_every_name_can_ring_and_every_text_is_one_line() -> None:
     alarms = Alarms(negatives=K)
     rung = simulate(alarms, 20, [0.1, 0.1, 0.1])
     assert rung == []
-    broken = {"loss": CHANCE, "spread": 0.01, "drift": 0.0, "images_per_second": 400.0, "skipped": 1}
+    broken = {"loss": CHANCE, "spread": 0.01, "d_prime": 0.0, "drift": 0.0, "images_per_second": 400.0, "skipped": 1}
     # A skipped step explains a drift of 0, so it must be over.
     rung = simulate(alarms, 20, [0.1, 0.3, 0.1], start=2200, **broken)
     assert set(names(rung)) == set(NAMES) == set(WINDOWS)
@@ -320,6 +329,15 @@ def test_a_contrastive_loss_may_begin_collapsed_and_byol_may_not() -> None:
     assert names(simulate(Alarms(negatives=None), 30, start=0, spread=0.05)) == ["collapse"]
 
 
+@pytest.mark.parametrize("negatives", [None, K])
+def test_views_that_tell_nothing_ring_after_the_first_epochs(negatives: int | None) -> None:
+    alarms = Alarms(negatives=negatives)
+    assert simulate(alarms, 48, start=10, d_prime=0.0) == []
+    assert names(simulate(alarms, 5, d_prime=0.29)) == ["alike"]
+    assert simulate(alarms, 20, d_prime=-0.1) == []  # it was said
+    assert simulate(alarms, 20, d_prime=0.31) == []
+
+
 def test_what_is_missing_or_no_number_is_not_looked_at() -> None:
     alarms = Alarms(negatives=K)
     assert alarms.check(1000, 9.0, {}) == []
@@ -367,9 +385,11 @@ def networks(target: list[float], source: list[float]) -> tuple[nn.Module, nn.Mo
     return pair[0], pair[1]
 
 
-def measured(embeddings: Tensor | None) -> dict[str, float]:
+def measured(embeddings: Tensor | None, other: Tensor | None = None) -> dict[str, float]:
+    """Of two views, or of one that is both."""
     pair = networks([1.0, 2.0, 5.0], [1.0, 2.0, 2.0])
-    return health(SimpleNamespace(embeddings=embeddings, momentum_pair=pair))
+    views = None if embeddings is None else (embeddings, embeddings if other is None else other)
+    return health(SimpleNamespace(embeddings=views, momentum_pair=pair))
 
 
 def test_drift_is_the_distance_over_the_size() -> None:
@@ -409,7 +429,21 @@ def test_health_is_what_the_papers_define(generator: torch.Generator) -> None:
     assert half["spread"] == pytest.approx(values["spread"], rel=1e-2)
 
 
+def test_d_prime_is_the_distance_of_two_means_in_standard_deviations(generator: torch.Generator) -> None:
+    first = torch.randn(40, 16, generator=generator)
+    second = (first + torch.randn(40, 16, generator=generator)).bfloat16()
+    cosines = F.cosine_similarity(first[:, None].double(), second[None].double(), dim=2)
+    same = [cosines[i, i].item() for i in range(40)]
+    others = [cosines[i, j].item() for i in range(40) for j in range(40) if i != j]
+    expected = (fmean(same) - fmean(others)) / stdev(others)
+    assert measured(first, second)["d_prime"] == pytest.approx(expected)
+    assert abs(measured(first, second[torch.randperm(40, generator=generator)])["d_prime"]) < 0.3
+
+
 def test_what_cannot_be_measured_is_left_out() -> None:
+    assert "d_prime" not in measured(torch.randn(LEAST_ROWS - 1, 64))
+    assert "d_prime" in measured(torch.randn(LEAST_ROWS, 2))
+    assert "d_prime" not in measured(torch.ones(64, 64))  # 0/0
     assert "effective_rank" not in measured(torch.randn(LEAST_ROWS - 1, 64))
     assert "spread" in measured(torch.randn(LEAST_ROWS - 1, 64))
     assert "spread" not in measured(torch.randn(1, 64))
@@ -422,8 +456,8 @@ def test_measuring_changes_nothing(method: Callable[[], Any], images: Tensor) ->
     assert set(health(trained)) == {"drift"}
     train(trained, images, lr=0.06, steps=9)
     before = {name: value.clone() for name, value in trained.state_dict().items() if isinstance(value, Tensor)}
-    embeddings, drawn = trained.embeddings.clone(), torch.get_rng_state()
-    assert set(health(trained)) == {"spread", "effective_rank", "drift"}
+    embeddings, drawn = [view.clone() for view in trained.embeddings], torch.get_rng_state()
+    assert set(health(trained)) == {"spread", "effective_rank", "d_prime", "drift"}
     assert all(torch.equal(value, trained.state_dict()[name]) for name, value in before.items())
-    assert torch.equal(embeddings, trained.embeddings)
+    assert all(map(torch.equal, embeddings, trained.embeddings))
     assert torch.equal(drawn, torch.get_rng_state())
