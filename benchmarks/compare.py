@@ -74,9 +74,9 @@ class Difference:
         return [c for c in self.changes if c.before.role != "ours" and (c.slower or c.faster)]
 
 
-def noise_of(before: Row, after: Row, least: float) -> float:
+def noise_of(before: Row, after: Row) -> float:
     """Below this a change means nothing: both relative interquartile ranges, as independent errors add."""
-    return max(least, math.hypot(before.spread, after.spread))
+    return math.hypot(before.spread, after.spread)
 
 
 def warnings_of(before: Run, after: Run) -> list[str]:
@@ -98,25 +98,31 @@ def difference(before: Run, after: Run, noise: float = NOISE, absolute: bool = F
     """
     old, new = {row.key: row for row in before.rows}, {row.key: row for row in after.rows}
     both = [(old[key], new[key]) for key in old if key in new]
-    of_ops: dict[tuple[str, str], list[float]] = {}
-    of_cases: dict[tuple[object, ...], list[float]] = {}
+    of_ops: dict[tuple[str, str], list[tuple[Row, Row]]] = {}
+    of_cases: dict[tuple[object, ...], list[tuple[Row, Row]]] = {}
     for a, b in both:
         if a.role != "ours" and not absolute:
-            of_ops.setdefault((a.op, a.device), []).append(b.median / a.median)
-            of_cases.setdefault(case_of(a), []).append(b.median / a.median)
-    drifts = {key: statistics.median(found) for key, found in of_ops.items()}
+            of_ops.setdefault((a.op, a.device), []).append((a, b))
+            of_cases.setdefault(case_of(a), []).append((a, b))
 
-    def drift(row: Row) -> float:
-        here = of_cases.get(case_of(row))
-        return statistics.median(here) if here else drifts.get((row.op, row.device), 1.0)
+    def change(a: Row, b: Row) -> Change:
+        yardsticks = of_cases.get(case_of(a)) or of_ops.get((a.op, a.device)) or []
+        # A yardstick that is unsteady itself makes an unsteady drift.
+        theirs = statistics.median(noise_of(*pair) for pair in yardsticks) if yardsticks else 0.0
+        return Change(a, b, drift_of(yardsticks), max(noise, math.hypot(noise_of(a, b), theirs)))
 
     return Difference(
-        changes=tuple(Change(a, b, drift(a), noise_of(a, b, noise)) for a, b in both),
-        drifts=drifts,
+        changes=tuple(change(a, b) for a, b in both),
+        drifts={key: drift_of(pairs) for key, pairs in of_ops.items()},
         only_before=tuple(row for key, row in old.items() if key not in new),
         only_after=tuple(row for key, row in new.items() if key not in old),
         warnings=tuple(warnings_of(before, after)),
     )
+
+
+def drift_of(yardsticks: Sequence[tuple[Row, Row]]) -> float:
+    """How much slower they were, at the median; 1 without any."""
+    return statistics.median(b.median / a.median for a, b in yardsticks) if yardsticks else 1.0
 
 
 def case_of(row: Row) -> tuple[object, ...]:

@@ -65,8 +65,8 @@ class Case:
 class Call(ABC):
     """What is timed. A side's `make` gives one where a plain function will not do."""
 
-    seconds, calls = 5e-3, 1  # that a sample has at least
-    rounds = 7  # that will do where they take long
+    seconds, calls = 1e-2, 1  # that a sample has at least
+    rounds = 9  # that will do where they take long
     cold = False  # whether every call takes as long as the first
 
     @abstractmethod

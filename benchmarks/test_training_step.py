@@ -46,7 +46,7 @@ class Steps(ApartCall):
         name: of the side.
     """
 
-    seconds = 0.5  # several steps where they are short: how far a loader is ahead when its turn ends differs
+    seconds = 0.8  # several steps where they are short: how far a loader is ahead when its turn ends differs
 
     def __init__(self, case: Case, name: str) -> None:
         self._part, self._count = case["part"], count(case)
