@@ -75,7 +75,7 @@ class Difference:
 
 
 def noise_of(before: Row, after: Row) -> float:
-    """Below this a change means nothing: both relative interquartile ranges, as independent errors add."""
+    """How much the ratio of both varies: their relative interquartile ranges, as independent errors add."""
     return math.hypot(before.spread, after.spread)
 
 
@@ -107,9 +107,10 @@ def difference(before: Run, after: Run, noise: float = NOISE, absolute: bool = F
 
     def change(a: Row, b: Row) -> Change:
         yardsticks = of_cases.get(case_of(a)) or of_ops.get((a.op, a.device)) or []
-        # A yardstick that is unsteady itself makes an unsteady drift.
-        theirs = statistics.median(noise_of(*pair) for pair in yardsticks) if yardsticks else 0.0
-        return Change(a, b, drift_of(yardsticks), max(noise, math.hypot(noise_of(a, b), theirs)))
+        # Yardsticks that are unsteady themselves make an unsteady drift, the less the more there are.
+        theirs = [noise_of(*pair) for pair in yardsticks]
+        of_drift = statistics.median(theirs) / math.sqrt(len(theirs)) if theirs else 0.0
+        return Change(a, b, drift_of(yardsticks), max(noise, math.hypot(noise_of(a, b), of_drift)))
 
     return Difference(
         changes=tuple(change(a, b) for a, b in both),

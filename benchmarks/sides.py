@@ -67,7 +67,7 @@ class Call(ABC):
 
     seconds, calls = 1e-2, 1  # that a sample has at least
     rounds = 9  # that will do where they take long
-    cold = False  # whether every call takes as long as the first
+    cold = False  # whether every call takes as long as the first: one will do before, and no memory is told
 
     @abstractmethod
     def __call__(self) -> Any:

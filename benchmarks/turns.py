@@ -101,8 +101,8 @@ class Measured:
     def sample(self) -> None:
         """Time the call, as often as a sample needs it."""
         with self.turn() as call:
-            if self.calls > call.calls:  # so short that what the side before left in the caches would count
-                call()
+            if self.calls > call.calls:  # so short that what the side before left in the caches may count
+                self._seconds(call, 1)
             self.samples.append(self._seconds(call, self.calls) / self.calls)
 
     def _seconds(self, call: Call, calls: int) -> float:

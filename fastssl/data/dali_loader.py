@@ -235,7 +235,7 @@ class DaliLoader:
 def _rounded(images: Tensor) -> Tensor:
     """To 8 bits, halves upwards; `images`, 0…255 in float32, are overwritten."""
     result = torch.empty_like(images, dtype=torch.uint8)
-    at_once = len(images) if images.is_cuda else max(1, ROUNDED_AT_ONCE // images[0].numel())
+    at_once = len(images) if images.is_cuda else max(1, ROUNDED_AT_ONCE // images.shape[1:].numel())
     for some, to in zip(images.split(at_once), result.split(at_once), strict=True):
         to.copy_(some.add_(0.5 + dali_graph.ROUND_UP))  # which cuts off
     return result

@@ -14,7 +14,9 @@ NAMES = ("collapse", "alike", "stuck", "nonfinite", "drift", "throughput", "lag"
 # Thresholds lie between what healthy trainings and those broken on purpose were seen to do: docs/alarms.md.
 LEAST_SPREAD = 0.2
 LEAST_RANK = 5.0
-LEAST_ROWS = 32  # embeddings and components below which an effective rank tells nothing, nor d′ of fewer embeddings
+LEAST_ROWS = 32  # embeddings, and components of them, below which an effective rank tells nothing; embeddings for d′
+MOST_ROWS = 1024  # embeddings that are compared with each other for d′
+ROUNDING = 1e-6  # of cosines: what differs by less is the same
 LEAST_D_PRIME = 0.3
 NEAR_CHANCE = 0.95  # of the loss at chance
 MOST_DRIFT = 0.7
@@ -63,7 +65,7 @@ def health(method: Any) -> dict[str, float]:
         unit, other = (nn.functional.normalize(view.double(), dim=1) for view in method.embeddings)
         parts["spread"] = unit.std(0, correction=0).mean() * math.sqrt(unit.shape[1])
         if len(unit) >= LEAST_ROWS:
-            parts["d_prime"] = d_prime(unit @ other.T)
+            parts["d_prime"] = d_prime(unit[:MOST_ROWS] @ other[:MOST_ROWS].T)
         if min(unit.shape) >= LEAST_ROWS:
             parts["gram"] = unit @ unit.T if len(unit) < unit.shape[1] else unit.T @ unit
     target, source = method.momentum_pair
@@ -93,7 +95,8 @@ def effective_rank(gram: Tensor) -> float:
 def d_prime(similarities: Tensor) -> Tensor:
     """How far two views of one image are more alike than views of two, in standard deviations of the latter.
 
-    d′ of signal detection (Green & Swets 1966): 0 where nothing tells an image from another, give or take 1/√N.
+    d′ of signal detection (Green & Swets 1966): 0 where nothing tells an image from another, with a standard deviation
+    of 1/√N; also where all are the same.
 
     Args:
         similarities: N×N, entry ij of view 1 of image i and view 2 of image j.
@@ -101,7 +104,7 @@ def d_prime(similarities: Tensor) -> Tensor:
     count = len(similarities)
     same = similarities.diagonal()
     others = similarities.flatten()[:-1].view(count - 1, count + 1)[:, 1:]  # all but the diagonal
-    return (same.mean() - others.mean()) / others.std()
+    return (same.mean() - others.mean()) / others.std().clamp(min=ROUNDING)
 
 
 def distance(targets: list[Tensor], sources: list[Tensor]) -> Tensor:
@@ -221,7 +224,7 @@ class Alarms:
         if self._early(step, epoch) or (spread >= LEAST_SPREAD and rank >= LEAST_RANK):
             return ""
         if self.chance is None:
-            look = "a predictor that trains, batch norm in the heads, a base_momentum of 0.9 or more"
+            look = "a predictor that trains, batch norm in the heads, a base_momentum of 0.9 or more, the images"
         else:
             look = "temperature (0.07 to 0.2), images that differ"
         seen = f"their spread is {spread:.3f} (healthy: 0.4 to 1, alarm below {LEAST_SPREAD:g})"
@@ -239,9 +242,9 @@ class Alarms:
         if self._first_epochs(step, epoch) or known["d_prime"] >= LEAST_D_PRIME:
             return ""
         return (
-            f"two views of one image are no more alike to the network than views of two: d′ is {known['d_prime']:.2f} "
-            f"standard deviations (healthy: above 1, alarm below {LEAST_D_PRIME:g}). Look at the images (are they all "
-            f"the same, black or empty), the augmentation (what does it leave of an image) and lr "
+            f"two views of one image are hardly more alike to the network than views of two: d′ is "
+            f"{known['d_prime']:.2f} standard deviations (healthy: above 1, alarm below {LEAST_D_PRIME:g}). Look at "
+            f"the images (are they all the same, black or empty), the augmentation (what does it leave of them) and lr "
             f"({_value(known, 'lr')})"
         )
 

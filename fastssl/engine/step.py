@@ -111,7 +111,8 @@ class TrainingStep:
         if not self.config.nonfinite_limit and not self.scaler.is_enabled():  # a scaler goes up until they overflow
             return True
         gradients = [p.grad for group in self.optimizer.param_groups for p in group["params"] if p.grad is not None]
-        # The length of each: on a CPU torch takes three times as long to find the largest value.
+        # Their lengths, as torch takes many times as long to find the largest values on a CPU. A length that overflows
+        # counts as not finite: such a step is lost anyhow.
         return bool(torch.stack(torch._foreach_norm(gradients)).isfinite().all())  # waits for the device
 
 

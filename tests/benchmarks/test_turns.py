@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import time
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -158,3 +159,21 @@ def test_what_starts_cold_every_time_is_called_once_before_it_is_timed(is_cold: 
     assert one.prepare() > 0
     assert made == calls
     assert (one.peak is None) == is_cold
+
+
+def test_a_sample_of_many_short_calls_begins_with_one_that_is_not_timed() -> None:
+    made = list[float]()
+
+    class Slow(Call):
+        def __call__(self) -> None:
+            made.append(0.2 if len(made) == 0 else 0.001)
+            time.sleep(made[-1])
+
+    one = Measured(Case("op", ()), Side("a", lambda case: Slow()))
+    one.call, one.calls = Slow(), 5
+    one.sample()
+    assert len(made) == 6
+    assert one.samples[0] < 0.02
+    one.calls = 1
+    one.sample()
+    assert len(made) == 7

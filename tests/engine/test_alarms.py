@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fastssl.data.sources import embedded
-from fastssl.engine.alarms import LEAST_ROWS, NAMES, WINDOWS, Alarm, Alarms, health
+from fastssl.engine.alarms import LEAST_ROWS, MOST_ROWS, NAMES, WINDOWS, Alarm, Alarms, health
 from fastssl.methods import BYOL, MoCo
 from fastssl.models import create_backbone
 
@@ -191,6 +191,19 @@ def test_images_that_are_all_the_same_ring_without_negatives_too(images: Tensor)
     assert "are they all the same, black or empty" in rung[0].text
 
 
+@pytest.mark.parametrize("method", [moco, byol])
+def test_black_images_ring(method: Callable[[], Any]) -> None:
+    alarms = Alarms(negatives=K if method is moco else None)
+    trained = method()
+    for step in range(3):
+        trained([torch.zeros(64, 1, 8, 8)] * 2).backward()
+        trained.after_step()
+        assert abs(health(trained)["d_prime"]) < 0.01, step
+    values = health(trained)
+    rung = [alarm for step in range(600, 700, 10) for alarm in alarms.check(step, 40, values)]
+    assert "alike" in names(rung)
+
+
 # Conditions by numbers.
 
 
@@ -349,7 +362,8 @@ def test_what_is_missing_or_no_number_is_not_looked_at() -> None:
 def test_a_resumed_run_says_the_same(images: Tensor) -> None:
     rows = [
         {**HEALTHY, "skipped": n // 7, "skipped_in_a_row": 0, "loss": CHANCE * (1.1 if n % 20 < 12 else 0.5),
-         "images_per_second": 300.0 if n % 40 > 20 else 1000.0, "drift": 0.0 if n % 30 > 12 else 0.1}
+         "images_per_second": 300.0 if n % 40 > 20 else 1000.0, "drift": 0.0 if n % 30 > 12 else 0.1,
+         "d_prime": 0.1 if n % 25 > 9 else 3.0}
         for n in range(120)
     ]  # fmt: skip
 
@@ -359,7 +373,14 @@ def test_a_resumed_run_says_the_same(images: Tensor) -> None:
         return [alarms.check(600 + 10 * n, 20 + n, rows[n], lags[n]) for n in range(first, last)]
 
     whole = said(Alarms(negatives=K), 0, 120)
-    assert {alarm.name for rung in whole for alarm in rung} >= {"stuck", "nonfinite", "drift", "throughput", "lag"}
+    assert {alarm.name for rung in whole for alarm in rung} >= {
+        "alike",
+        "stuck",
+        "nonfinite",
+        "drift",
+        "throughput",
+        "lag",
+    }
     for cut in range(0, 120, 7):
         before, after = Alarms(negatives=K), Alarms(negatives=K)
         start = said(before, 0, cut)
@@ -437,13 +458,25 @@ def test_d_prime_is_the_distance_of_two_means_in_standard_deviations(generator: 
     others = [cosines[i, j].item() for i in range(40) for j in range(40) if i != j]
     expected = (fmean(same) - fmean(others)) / stdev(others)
     assert measured(first, second)["d_prime"] == pytest.approx(expected)
-    assert abs(measured(first, second[torch.randperm(40, generator=generator)])["d_prime"]) < 0.3
+    assert abs(measured(first, second.roll(1, 0))["d_prime"]) < 4 / 40**0.5
+
+
+@pytest.mark.parametrize("dim", [64, 65, 100])
+@pytest.mark.parametrize("noise", [0.0, 1e-7])
+def test_d_prime_of_images_that_are_all_the_same_is_zero(dim: int, noise: float, generator: torch.Generator) -> None:
+    rows = torch.randn(1, dim, generator=generator) + noise * torch.randn(64, dim, generator=generator)
+    assert measured(rows, rows.clone())["d_prime"] == pytest.approx(0, abs=0.01)
+
+
+def test_d_prime_of_many_images_looks_at_some(generator: torch.Generator) -> None:
+    rows = torch.randn(MOST_ROWS, 8, generator=generator)
+    with_more = torch.cat([rows, torch.zeros(100, 8)])
+    assert measured(with_more)["d_prime"] == measured(rows)["d_prime"] > 1
 
 
 def test_what_cannot_be_measured_is_left_out() -> None:
     assert "d_prime" not in measured(torch.randn(LEAST_ROWS - 1, 64))
     assert "d_prime" in measured(torch.randn(LEAST_ROWS, 2))
-    assert "d_prime" not in measured(torch.ones(64, 64))  # 0/0
     assert "effective_rank" not in measured(torch.randn(LEAST_ROWS - 1, 64))
     assert "spread" in measured(torch.randn(LEAST_ROWS - 1, 64))
     assert "spread" not in measured(torch.randn(1, 64))

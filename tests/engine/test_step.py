@@ -155,6 +155,19 @@ def test_a_step_without_finite_gradients_is_left_out() -> None:
     assert not torch.equal(weights(method), before)
 
 
+@pytest.mark.parametrize("value", [torch.inf, -torch.inf, torch.nan])
+def test_one_value_that_is_not_finite_is_enough(value: float) -> None:
+    step, [views, *_] = stepper(make_byol(), byol_config()), byol_views()
+    step(views, 0.1)
+    assert step.skipped == 0
+    before, gradient = weights(step.method), next(p.grad for p in step.method.parameters() if p.grad is not None)
+    gradient.view(-1)[-1] = value
+    assert not step._finite()
+    gradient.view(-1)[-1] = 1.0
+    assert step._finite()
+    assert torch.equal(weights(step.method), before)
+
+
 def test_keys_of_a_step_left_out_are_not_enqueued() -> None:
     method = make_moco()
     step = stepper(method, moco_config())
