@@ -26,7 +26,8 @@ from fastssl.engine.optimizers import make_optimizer
 
 SIZE = 369_585_184  # of the state: told here, so that collecting the cases need not make it
 MEMORY = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
-pytestmark = [pytest.mark.together] if MEMORY else []  # a disk would go on writing while others are measured
+# In turns with the ops, where no disk goes on writing while they are measured.
+together = pytest.mark.together if MEMORY else lambda test: test
 
 
 @functools.cache
@@ -144,11 +145,13 @@ READ = (
 )
 
 
+@together
 @pytest.mark.parametrize(("case", "side"), grid([case("write")], WRITE, check))
 def test_write(turns: Callable[..., None], case: Case, side: Side) -> None:
     turns(case, side)
 
 
+@together
 @pytest.mark.parametrize(("case", "side"), grid([case("resume", quick=True)], READ, check))
 def test_resume(turns: Callable[..., None], case: Case, side: Side) -> None:
     turns(case, side)
@@ -225,6 +228,7 @@ def check_later(case: Case, written: list[Path]) -> None:
     check(case, written[0])
 
 
+# By itself: a training copies into the buffers of the checkpoint before, and nobody has used its memory meanwhile.
 @pytest.mark.parametrize(("case", "side"), grid([case("write, time the training waits")], LATER, check_later))
 def test_wait(turns: Callable[..., None], case: Case, side: Side) -> None:
     turns(case, side)

@@ -24,6 +24,7 @@ from benchmarks.sides import Call, Case, Function, Side
 
 MOST_CALLS = 1000  # of a sample
 SHORT = 0.1  # seconds of a call that may be tried a few times before
+BRIEF = 0.02  # seconds of a call for which it may count what the side before has left in the caches
 ROUNDS = (Call.rounds, 60)  # at least, at most
 SECONDS, ALONE = 1.2, 3  # that a side is timed if that makes enough rounds; alone, so many times as long
 SLOW = {3.0: 5, 10.0: 3}  # seconds of a round, and how many must do then
@@ -57,7 +58,7 @@ class Measured:
         self.case, self.side = case, side
         self.call: Call | None = None
         self.failure: BaseException | None = None  # or the reason to be skipped
-        self.calls, self.samples = 1, list[float]()
+        self.calls, self.brief, self.samples = 1, False, list[float]()
         self.peak: int | None = None
 
     def prepare(self) -> float:
@@ -82,6 +83,7 @@ class Measured:
                     graph.prove(partial(check, self.case) if check is not None and self.side.pure else None)
                 self.call = call = Function(graph, call.seconds)
             seconds = max(first if call.cold else self._once_more(call), 1e-9)
+        self.brief = seconds < BRIEF
         self.calls = min(MOST_CALLS, max(call.calls, math.ceil(call.seconds / seconds)))
         return seconds * self.calls
 
@@ -101,7 +103,7 @@ class Measured:
     def sample(self) -> None:
         """Time the call, as often as a sample needs it."""
         with self.turn() as call:
-            if self.calls > call.calls:  # so short that what the side before left in the caches may count
+            if self.brief:
                 self._seconds(call, 1)
             self.samples.append(self._seconds(call, self.calls) / self.calls)
 

@@ -161,19 +161,21 @@ def test_what_starts_cold_every_time_is_called_once_before_it_is_timed(is_cold: 
     assert (one.peak is None) == is_cold
 
 
-def test_a_sample_of_many_short_calls_begins_with_one_that_is_not_timed() -> None:
-    made = list[float]()
+@pytest.mark.parametrize(("seconds", "untimed"), [(0.001, 1), (0.05, 0)])
+def test_a_sample_of_brief_calls_begins_with_one_that_is_not_timed(seconds: float, untimed: int) -> None:
+    waits = list[float]()
 
     class Slow(Call):
         def __call__(self) -> None:
-            made.append(0.2 if len(made) == 0 else 0.001)
-            time.sleep(made[-1])
+            time.sleep(waits.pop() if waits else seconds)
+
+        def peak_memory(self, device: str) -> int | None:
+            return None
 
     one = Measured(Case("op", ()), Side("a", lambda case: Slow()))
-    one.call, one.calls = Slow(), 5
+    one.prepare()
+    assert one.brief == bool(untimed)
+    waits.append(1.0)
     one.sample()
-    assert len(made) == 6
-    assert one.samples[0] < 0.02
-    one.calls = 1
-    one.sample()
-    assert len(made) == 7
+    assert not waits
+    assert (one.samples[0] < 0.2) == bool(untimed)
