@@ -34,6 +34,8 @@ def test_a_given_noise(tmp_path: Path) -> None:
 def test_noise_is_that_of_both_runs(tmp_path: Path) -> None:
     a, b = (run_of(tmp_path, entry("fastssl", 2.0, iqr=iqr)).rows[0] for iqr in (0.6, 0.8))
     assert noise_of(a, b) == pytest.approx(0.5)
+    runs = run_of(tmp_path, entry("fastssl", 2.0, iqr=0.6)), run_of(tmp_path, entry("fastssl", 2.0, iqr=0.8))
+    assert [difference(*runs, noise=least).changes[0].noise for least in (0.15, 0.6)] == [pytest.approx(0.5), 0.6]
     assert not difference(run_of(tmp_path, entry("fastssl", 1.0, iqr=0.4)), run_of(tmp_path, *rows(1.3))).regressions
 
 

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 import fastssl.ops  # noqa: F401  here, for pytester forgets what a run has imported, and ops are registered only once
-from benchmarks.sides import Call, Case, Side
+from benchmarks.sides import Call, Case, Elsewhere, Side
 from benchmarks.turns import Measured, turn_order
 
 pytest_plugins = ["pytester"]
@@ -165,12 +165,9 @@ def test_what_starts_cold_every_time_is_called_once_before_it_is_timed(is_cold: 
 def test_a_sample_of_brief_calls_begins_with_one_that_is_not_timed(seconds: float, untimed: int) -> None:
     waits = list[float]()
 
-    class Slow(Call):
+    class Slow(Elsewhere):
         def __call__(self) -> None:
             time.sleep(waits.pop() if waits else seconds)
-
-        def peak_memory(self, device: str) -> int | None:
-            return None
 
     one = Measured(Case("op", ()), Side("a", lambda case: Slow()))
     one.prepare()
