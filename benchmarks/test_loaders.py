@@ -133,7 +133,7 @@ class Batches(ApartCall):
         name: of the side.
     """
 
-    seconds, calls = 1.0, 3  # many batches: how far a loader is ahead when its turn ends differs by one or two
+    seconds, calls = 1.0, 4  # many batches: how far a loader is ahead when its turn ends differs by one or two
 
     def __init__(self, case: Case, name: str) -> None:
         self._told = False

@@ -27,7 +27,7 @@ SHORT = 0.1  # seconds of a call that may be tried a few times before
 BRIEF = 0.02  # seconds of a call for which it may count what the side before has left in the caches
 ROUNDS = (Call.rounds, 60)  # at least, at most
 SECONDS, ALONE = 1.2, 3  # that a side is timed if that makes enough rounds; alone, so many times as long
-SLOW = {3.0: 5, 10.0: 3}  # seconds of a round, and how many must do then
+SLOW = {3.0: 7, 20.0: 3}  # seconds of a round, and how many must do then
 QUICK_ROUNDS, QUICK_SECONDS = (3, 10), 0.1
 SILENCE = 20  # seconds after which people want to know what is going on
 Group = tuple[object, ...]
@@ -95,8 +95,9 @@ class Measured:
             self.peak = call.peak_memory(self.case.device)
             seconds = time.perf_counter() - start
         if seconds < min(SLOW):  # else this is all that is asked: how many rounds it is given
-            seconds = self._seconds(call, 1)
-            if seconds < SHORT and call.seconds:  # how many calls make a sample should not hang on a hiccup
+            # One call of many may find its work done ahead: all of them do not.
+            seconds = self._seconds(call, call.calls) / call.calls
+            if seconds < SHORT and call.seconds and call.calls == 1:  # their number should not hang on a hiccup
                 seconds = min(seconds, *(self._seconds(call, 1) for _ in range(4)))
         return seconds
 

@@ -176,3 +176,24 @@ def test_a_sample_of_brief_calls_begins_with_one_that_is_not_timed(seconds: floa
     one.sample()
     assert not waits
     assert (one.samples[0] < 0.05) == bool(untimed)
+
+
+def test_what_was_done_ahead_does_not_make_samples_longer() -> None:
+    """A loader hands over at once what it had ready; its usual speed says how many calls a second takes."""
+    ahead = list[int]()
+
+    class Loader(Elsewhere):
+        seconds, calls = 0.2, 4
+
+        def __call__(self) -> None:
+            if ahead:
+                ahead.pop()
+            else:
+                time.sleep(0.02)
+
+        def settle(self) -> None:
+            ahead[:] = [1, 2]
+
+    one = Measured(Case("op", ()), Side("a", lambda case: Loader()))
+    one.prepare()
+    assert 4 <= one.calls <= 20  # not thousands
