@@ -30,6 +30,8 @@ from benchmarks.sides import Case, Side, grid
 from fastssl import train
 from fastssl.engine.build import build_method
 
+pytestmark = pytest.mark.together
+
 SETUPS = {
     "demo": [],  # small_resnet32, batch 128
     "width 16, stride 1, batch 256": ["--backbone=small_resnet16", "--small_images=true", "--batch_size=256"],
@@ -46,10 +48,10 @@ class Steps(ApartCall):
         name: of the side.
     """
 
-    seconds = 0.8  # several steps where they are short: how far a loader is ahead when its turn ends differs
-
     def __init__(self, case: Case, name: str) -> None:
         self._part, self._count = case["part"], count(case)
+        # Several whole steps where they are short: how far a loader is ahead when its turn ends differs.
+        self.seconds = 0.8 if self._part == "whole" else 0.3
         super().__init__(Apart(training, name, case["method"].lower(), SETUPS[case["set-up"]]))
 
     def __call__(self) -> float:
