@@ -18,7 +18,7 @@ from fastssl.ops import ColorJitter, GaussianBlur, Grayscale, augment_
 from fastssl.ops.augment import IMAGENET_MEAN, IMAGENET_STD
 from fastssl.ops.photometric import COLUMNS, JITTER_ORDERS, NEUTRAL, draw_augmentation
 
-pytestmark = pytest.mark.together
+pytestmark = pytest.mark.together("ops")
 
 STEPS = (ColorJitter(0.4, 0.4, 0.4, 0.1, p=0.8), Grayscale(0.2), GaussianBlur((0.1, 2.0), p=0.5))
 CHECKED, LARGEST = 32, 0.05

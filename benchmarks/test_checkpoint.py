@@ -27,7 +27,7 @@ from fastssl.engine.optimizers import make_optimizer
 SIZE = 369_585_184  # of the state: told here, so that collecting the cases need not make it
 MEMORY = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
 # In turns with the ops, where no disk goes on writing while they are measured.
-together = pytest.mark.together if MEMORY else lambda test: test
+together = pytest.mark.together("ops") if MEMORY else lambda test: test
 
 
 @functools.cache

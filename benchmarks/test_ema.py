@@ -18,7 +18,7 @@ from benchmarks import peers
 from benchmarks.sides import DEVICES, Case, Side, grid, unavailable
 from fastssl.ops import ema_update_
 
-pytestmark = pytest.mark.together
+pytestmark = pytest.mark.together("ops")
 
 M = 0.999
 NETWORKS = {

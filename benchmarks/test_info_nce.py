@@ -18,7 +18,7 @@ from benchmarks import peers
 from benchmarks.sides import DEVICES, Case, Side, grid
 from fastssl.ops import info_nce
 
-pytestmark = pytest.mark.together
+pytestmark = pytest.mark.together("ops")
 
 TEMPERATURE = 0.07
 N, D, K = 256, 128, 65536  # MoCo's: batch of a GPU's share, dim, queue

@@ -8,7 +8,7 @@ import torch
 
 from benchmarks.sides import DEVICES, Case, Side, grid
 
-pytestmark = pytest.mark.together
+pytestmark = pytest.mark.together("ops")
 
 SIZE = {"cpu": 2048, "cuda": 8192}  # rows and columns
 COUNT = {"cpu": 1 << 25, "cuda": 1 << 28}  # elements, beyond any cache

@@ -12,7 +12,7 @@ from benchmarks import peers
 from benchmarks.sides import DEVICES, Case, Side, grid
 from fastssl.ops import normalized_mse
 
-pytestmark = pytest.mark.together
+pytestmark = pytest.mark.together("ops")
 
 Loss = Callable[[Tensor, Tensor], Tensor]
 

@@ -11,7 +11,7 @@ from benchmarks import peers
 from benchmarks.sides import DEVICES, Case, Function, Side, grid
 from fastssl.ops import KeyQueue
 
-pytestmark = pytest.mark.together
+pytestmark = pytest.mark.together("ops")
 
 N, D = 256, 128
 SAMPLE = 0.05  # seconds: a side that copies the whole queue leaves others' caches cold for a while

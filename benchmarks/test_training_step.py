@@ -30,7 +30,7 @@ from benchmarks.sides import Case, Side, grid
 from fastssl import train
 from fastssl.engine.build import build_method
 
-pytestmark = pytest.mark.together
+pytestmark = pytest.mark.together("steps")
 
 SETUPS = {
     "demo": [],  # small_resnet32, batch 128

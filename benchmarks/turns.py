@@ -153,7 +153,7 @@ class Measured:
 class Turns:
     """Measures all cases of a group when the first of them is asked for, and remembers them for the others.
 
-    A group are the cases of a test; the tests that are marked ``together`` are one group. On CUDA every case is a
+    A group are the cases of a test; tests marked ``together`` with the same name are one group. On CUDA every case is a
     group: a device has few neighbours, and not the memory for many cases at once.
 
     Args:
@@ -232,7 +232,8 @@ def group_of(item: pytest.Item, case: Case, side: Side) -> Group:
         return _test(item), case, side.name
     if case.device == "cuda":
         return _test(item), case
-    return ("together",) if item.get_closest_marker("together") else (_test(item),)
+    marker = item.get_closest_marker("together")
+    return marker.args if marker else (_test(item),)
 
 
 def turn_order(rounds: list[int]) -> list[int]:

@@ -80,7 +80,7 @@ def suite(pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch) -> pytest.
     root = Path(__file__).parents[2]
     pytester.makeconftest((root / "benchmarks" / "conftest.py").read_text())
     pytester.makepyfile(test_suite=SUITE)
-    pytester.makeini("[pytest]\nmarkers =\n    gpu: x\n    quick: x\n    together: x\n")
+    pytester.makeini("[pytest]\nmarkers =\n    gpu: x\n    quick: x\n    together(name): x\n")
     pytester.syspathinsert(root)
     return pytester
 
@@ -116,7 +116,16 @@ def test_turns_failures_and_skips(suite: pytest.Pytester) -> None:
     assert min(row["stats"]["rounds"] for row in found["benchmarks"]) > 2
 
 
-def test_tests_that_are_marked_so_take_turns_together(suite: pytest.Pytester) -> None:
+@pytest.mark.parametrize(
+    ("names", "turns"),
+    [
+        (("ops", "ops"), "(a4)(b4)(a5)(b5)(a7)(b7)(b4)(a4)(b5)(a5)(b7)(a7)"),
+        (("ops", "steps"), "(a4)(b4)(a5)(b5)(b4)(a4)(b5)(a5)"),
+    ],
+)
+def test_tests_marked_with_the_same_name_take_turns_together(
+    suite: pytest.Pytester, names: tuple[str, str], turns: str
+) -> None:
     more = """
 CASES = [Case("op", (("N", 7),), quick=True)]
 
@@ -124,11 +133,12 @@ CASES = [Case("op", (("N", 7),), quick=True)]
 def test_more(turns, case, side):
     turns(case, side)
 """
-    marked = "@pytest.mark.together\n@pytest.mark.parametrize"
-    suite.makepyfile(test_suite=(SUITE + more).replace("@pytest.mark.parametrize", marked))
+    first, second = (f"@pytest.mark.together({name!r})\n@pytest.mark.parametrize" for name in names)
+    marked = SUITE.replace("@pytest.mark.parametrize", first) + more.replace("@pytest.mark.parametrize", second)
+    suite.makepyfile(test_suite=marked)
     outcomes, _ = run(suite)
     assert outcomes["passed"] == 6 and outcomes["skipped"] == 3
-    assert "(a4)(b4)(a5)(b5)(a7)(b7)(b4)(a4)(b5)(a5)(b7)(a7)" in (suite.path / "log").read_text()
+    assert turns in (suite.path / "log").read_text()
 
 
 def test_a_side_that_is_chosen_alone(suite: pytest.Pytester) -> None:
