@@ -30,6 +30,7 @@ from benchmarks.sides import Case, Side, grid
 from fastssl import train
 from fastssl.engine.build import build_method
 
+# Not among the ops: with their tensors these seventeen processes need more than 20 GB.
 pytestmark = pytest.mark.together("steps")
 
 SETUPS = {

@@ -27,7 +27,7 @@ SHORT = 0.1  # seconds of a call that may be tried a few times before
 BRIEF = 0.02  # seconds of a call for which it may count what the side before has left in the caches
 ROUNDS = (Call.rounds, 60)  # at least, at most
 SECONDS, ALONE = 1.2, 3  # that a side is timed if that makes enough rounds; alone, so many times as long
-SLOW = {3.0: 6, 20.0: 3}  # seconds of a round, and how many must do then
+SLOW, SLOW_ROUNDS = 3.0, 6  # seconds of a round from which so many must do
 QUICK_ROUNDS, QUICK_SECONDS = (3, 10), 0.1
 SILENCE = 20  # seconds after which people want to know what is going on
 Group = tuple[object, ...]
@@ -94,7 +94,7 @@ class Measured:
             start = time.perf_counter()
             self.peak = call.peak_memory(self.case.device)
             seconds = time.perf_counter() - start
-        if seconds < min(SLOW):  # else this is all that is asked: how many rounds it is given
+        if seconds < SLOW:  # else this is all that is asked: how many rounds it is given
             # One call of many may find its work done ahead: all of them do not.
             seconds = self._seconds(call, call.calls) / call.calls
             if seconds < SHORT and call.seconds and call.calls == 1:  # their number should not hang on a hiccup
@@ -218,7 +218,7 @@ class Turns:
             return 0, 0.0
         least, most = self._rounds
         least = min([least, *(one.call.rounds for one in sides if one.call)])
-        least = min([least, *(rounds for slow, rounds in SLOW.items() if seconds > slow)])
+        least = min(least, SLOW_ROUNDS) if seconds > SLOW else least
         case = sides[0].case
         if len(sides) == 1 and not case.alone:  # there is no ratio
             least = min(least, QUICK_ROUNDS[0])
@@ -233,7 +233,10 @@ def group_of(item: pytest.Item, case: Case, side: Side) -> Group:
     if case.device == "cuda":
         return _test(item), case
     marker = item.get_closest_marker("together")
-    return marker.args if marker else (_test(item),)
+    if marker is None:
+        return (_test(item),)
+    (name,) = marker.args
+    return "together", name
 
 
 def turn_order(rounds: list[int]) -> list[int]:
