@@ -23,7 +23,7 @@ KEYS: Case = {"N": 256, "D": 128}
 RANKS: Case = {"ranks": 4, "rows": 64}
 SMALL: Case = {"images": "32 px in memory"}
 JPEG: Case = {"images": "JPEG 256 to 224"}
-STEP: Case = {"method": "MoCo", "set-up": "width 16, stride 1, batch 256"}
+STEP: Case = {"method": "MoCo", "set-up": "demo", "part": "whole"}
 
 
 @dataclass(frozen=True)

@@ -58,3 +58,11 @@ def test_lightly_begins_with_our_loss(method: str) -> None:
         with Apart(training, name, method, SMALL) as side:
             losses.append(side("run", "compute", 1))
     assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+
+
+def test_a_step_has_the_images_of_the_recipes_batch() -> None:
+    from benchmarks.test_training_step import BATCHES  # its tests would be collected here
+
+    for method, _ in BATCHES:
+        config, _ = parse([method.lower(), f"--recipe=demo_{method.lower()}", "--gpus=0"])
+        assert BATCHES[method, "demo"] == config.batch_size
