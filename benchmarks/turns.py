@@ -25,9 +25,10 @@ from benchmarks.sides import Call, Case, Function, Side
 MOST_CALLS = 1000  # of a sample
 SHORT = 0.1  # seconds of a call that may be tried a few times before
 BRIEF = 0.02  # seconds of a call for which it may count what the side before has left in the caches
+LARGE = 32 * 2**20  # bytes that glibc gets from the system at every call; a virtual machine lacks them after seconds
 ROUNDS = (Call.rounds, 60)  # at least, at most
 SECONDS, ALONE = 1.2, 3  # that a side is timed if that makes enough rounds; alone, so many times as long
-SLOW, SLOW_ROUNDS = 3.0, 7  # seconds of a round from which so many must do
+SLOW, SLOW_ROUNDS = 3.0, 6  # seconds of a round from which so many must do
 QUICK_ROUNDS, QUICK_SECONDS = (3, 10), 0.1
 SILENCE = 20  # seconds after which people want to know what is going on
 Group = tuple[object, ...]
@@ -58,7 +59,8 @@ class Measured:
         self.case, self.side = case, side
         self.call: Call | None = None
         self.failure: BaseException | None = None  # or the reason to be skipped
-        self.calls, self.brief, self.samples = 1, False, list[float]()
+        self.calls, self.samples = 1, list[float]()
+        self.warm = False  # whether a call that is not timed comes before those of a sample
         self.peak: int | None = None
 
     def prepare(self) -> float:
@@ -83,7 +85,7 @@ class Measured:
                     graph.prove(partial(check, self.case) if check is not None and self.side.pure else None)
                 self.call = call = Function(graph, call.seconds)
             seconds = max(first if call.cold else self._once_more(call), 1e-9)
-        self.brief = seconds < BRIEF
+        self.warm = seconds < BRIEF or (self.case.device == "cpu" and (self.peak or 0) >= LARGE)
         self.calls = min(MOST_CALLS, max(call.calls, math.ceil(call.seconds / seconds)))
         return seconds * self.calls
 
@@ -104,7 +106,7 @@ class Measured:
     def sample(self) -> None:
         """Time the call, as often as a sample needs it."""
         with self.turn() as call:
-            if self.brief:
+            if self.warm:
                 self._seconds(call, 1)
             self.samples.append(self._seconds(call, self.calls) / self.calls)
 
