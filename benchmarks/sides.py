@@ -66,7 +66,7 @@ class Call(ABC):
     """What is timed. A side's `make` gives one where a plain function will not do."""
 
     seconds, calls = 1e-2, 1  # that a sample has at least
-    rounds = 9  # that will do where they take long
+    rounds = 8  # that will do where they take long
     cold = False  # whether every call takes as long as the first: one will do before, and no memory is told
 
     @abstractmethod

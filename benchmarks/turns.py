@@ -20,15 +20,15 @@ import torch
 from pytest_benchmark.fixture import BenchmarkFixture
 
 from benchmarks.clocks import CLOCKS, Graph
-from benchmarks.sides import Call, Case, Function, Side
+from benchmarks.sides import Call, Case, Elsewhere, Function, Side
 
 MOST_CALLS = 1000  # of a sample
 SHORT = 0.1  # seconds of a call that may be tried a few times before
 BRIEF = 0.02  # seconds of a call for which it may count what the side before has left in the caches
 LARGE = 32 * 2**20  # bytes that glibc gets from the system at every call; a virtual machine lacks them after seconds
 ROUNDS = (Call.rounds, 60)  # at least, at most
-SECONDS, ALONE = 1.2, 3  # that a side is timed if that makes enough rounds; alone, so many times as long
-SLOW, SLOW_ROUNDS = 3.0, 6  # seconds of a round from which so many must do
+SECONDS, ALONE = 1.0, 3  # that a side is timed if that makes enough rounds; alone, so many times as long
+SLOW, SLOW_ROUNDS = 3.0, 5  # seconds of a round from which so many must do
 QUICK_ROUNDS, QUICK_SECONDS = (3, 10), 0.1
 SILENCE = 20  # seconds after which people want to know what is going on
 Group = tuple[object, ...]
@@ -85,7 +85,8 @@ class Measured:
                     graph.prove(partial(check, self.case) if check is not None and self.side.pure else None)
                 self.call = call = Function(graph, call.seconds)
             seconds = max(first if call.cold else self._once_more(call), 1e-9)
-        self.warm = seconds < BRIEF or (self.case.device == "cpu" and (self.peak or 0) >= LARGE)
+        asks_anew = self.case.device == "cpu" and not isinstance(call, Elsewhere) and (self.peak or 0) >= LARGE
+        self.warm = seconds < BRIEF or asks_anew
         self.calls = min(MOST_CALLS, max(call.calls, math.ceil(call.seconds / seconds)))
         return seconds * self.calls
 

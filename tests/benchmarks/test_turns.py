@@ -177,7 +177,7 @@ def test_a_sample_of_brief_or_large_calls_begins_with_one_that_is_not_timed(
 ) -> None:
     waits = list[float]()
 
-    class Slow(Elsewhere):
+    class Slow(Call):
         def __call__(self) -> None:
             time.sleep(waits.pop() if waits else seconds)
 
