@@ -1,4 +1,8 @@
-"""Enqueueing a batch of keys into queues of several sizes, beside the code of MoCo's authors and other libraries."""
+"""Enqueueing a batch of keys into queues of several sizes, beside the code of MoCo's authors and other libraries.
+
+Queues do not take turns with the other ops, which leave the caches to those whose turn is next: one of any capacity
+should find them as the other queues have left them.
+"""
 
 from collections.abc import Callable
 
@@ -11,8 +15,6 @@ from benchmarks import peers
 from benchmarks.sides import DEVICES, Case, Function, Side, grid
 from fastssl.ops import KeyQueue
 
-# Not among the other ops, which leave the caches to those whose turn is next: a queue of any capacity should find them
-# as the other queues have left them.
 N, D = 256, 128
 SAMPLE = 0.05  # seconds: a side that copies the whole queue leaves others' caches cold for a while
 
@@ -90,7 +92,7 @@ def make_case(device: str, k: int) -> Case:
     return Case("KeyQueue", axes, device, bytes=8 * N * D, quick=k == 4096)
 
 
-def has_one_speed(case: Case) -> bool:
+def lightly_has_one_speed(case: Case) -> bool:
     """Whether lightly's copy of the bank always takes as long.
 
     glibc maps a block anew from 32 MB on, unless it happens to have a hole for it: the 32 MB of 65,536 keys take 2 ms
@@ -103,7 +105,7 @@ CLONES = "gets normalised keys; clones the bank; cuts a batch at the end of the 
 GIVEN = "gets normalised keys; the capacity must be a multiple of the batch"
 SIDES = (
     Side("authors", authors, differs=GIVEN),
-    Side("lightly", lightly, differs=CLONES, when=has_one_speed),
+    Side("lightly", lightly, differs=CLONES, when=lightly_has_one_speed),
     Side("pytorch-metric-learning", metric_learning, differs="gets normalised keys; stores labels too"),
     Side("fastssl", ours, role="ours", pure=False),
 )

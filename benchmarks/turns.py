@@ -25,7 +25,9 @@ from benchmarks.sides import Call, Case, Elsewhere, Function, Side
 MOST_CALLS = 1000  # of a sample
 SHORT = 0.1  # seconds of a call that may be tried a few times before
 BRIEF = 0.02  # seconds of a call for which it may count what the side before has left in the caches
-LARGE = 32 * 2**20  # bytes that glibc gets from the system at every call; a virtual machine lacks them after seconds
+LARGE = (
+    32 * 2**20
+)  # bytes from which a call is taken to ask the system anew; a virtual machine lacks them after seconds
 ROUNDS = (Call.rounds, 60)  # at least, at most
 SECONDS, ALONE = 1.0, 3  # that a side is timed if that makes enough rounds; alone, so many times as long
 SLOW, SLOW_ROUNDS = 3.0, 5  # seconds of a round from which so many must do
@@ -85,6 +87,7 @@ class Measured:
                     graph.prove(partial(check, self.case) if check is not None and self.side.pure else None)
                 self.call = call = Function(graph, call.seconds)
             seconds = max(first if call.cold else self._once_more(call), 1e-9)
+        # Processes of their own, whose calls are long, are left out for the time that it would take.
         asks_anew = self.case.device == "cpu" and not isinstance(call, Elsewhere) and (self.peak or 0) >= LARGE
         self.warm = seconds < BRIEF or asks_anew
         self.calls = min(MOST_CALLS, max(call.calls, math.ceil(call.seconds / seconds)))

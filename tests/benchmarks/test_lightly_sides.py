@@ -9,6 +9,7 @@ from torch import Tensor
 
 from benchmarks.apart import Apart
 from benchmarks.lightly_sides import BareStep, endless, training
+from benchmarks.test_training_step import COMPUTE, WHOLE, count
 from fastssl.engine.build import build_method
 from fastssl.engine.optimizers import make_optimizer
 from fastssl.engine.step import TrainingStep
@@ -61,8 +62,7 @@ def test_lightly_begins_with_our_loss(method: str) -> None:
 
 
 def test_a_step_has_the_images_of_the_recipes_batch() -> None:
-    from benchmarks.test_training_step import BATCHES  # its tests would be collected here
-
-    for method, _ in BATCHES:
-        config, _ = parse([method.lower(), f"--recipe=demo_{method.lower()}", "--gpus=0"])
-        assert BATCHES[method, "demo"] == config.batch_size
+    for case in [case for case in WHOLE + COMPUTE if case.device == "cpu"]:
+        method = case["method"].lower()
+        config, _ = parse([method, f"--recipe=demo_{method}", "--gpus=0"])
+        assert case.items == count(case) * config.batch_size
