@@ -194,8 +194,7 @@ def in_batch_case(device: str, n: int, d: int = D, dtype: str = "float32") -> Ca
 def queue_cases(device: str) -> list[Case]:
     """One axis at a time around MoCo's shape; on CUDA in both precisions and the corners of a sweep."""
     ks, ns, ds = (4096, 16384, K, 262_144), (32, 64, 128, 1024), (64, 256, 512)
-    # On the CPU with few queries: at N=256 the authors' code takes 3 GB anew at every call, which a virtual machine has
-    # to get from its host, and that takes 3 seconds or 8.
+    # On the CPU with few queries: at N=256 the authors' code takes 3 GB anew at every call, and 3 seconds or 8.
     million = {"n": N if device == "cuda" else 32, "k": 1_048_576}
     axes = [{"k": k} for k in ks] + [{"n": n} for n in ns] + [{"d": d} for d in ds] + [{"n": 32, "k": 4096}, million]
     dtypes = ("float32", "bfloat16") if device == "cuda" else ("float32",)
