@@ -1,21 +1,29 @@
 """Things that are timed in processes of their own: with their own allocator, threads and workers."""
 
 import atexit
+import functools
 import subprocess
 import sys
+import traceback
 from collections.abc import Callable
 from contextlib import AbstractContextManager, suppress
 from multiprocessing import get_context
 from multiprocessing.connection import Connection
-from typing import Any
+from typing import IO, Any
 
 import psutil
+import pytest
 
 from benchmarks.sides import Elsewhere
 
-# Imported once, by the server that processes are forked from: it has no threads, loaders or allocator settings yet.
-PRELOADED = ["benchmarks.lightly_sides", "benchmarks.lightly_moco", "benchmarks.lightly_byol", "fastssl.data.loader"]
+Answer = tuple[str, Any]  # returned, raised or skipped; what, and why
+RAISED = (Exception, pytest.skip.Exception)  # the latter is a BaseException
 
+# Imported once, by the server that processes are forked from: it has no threads, loaders or allocator settings yet.
+PRELOADED = [
+    "benchmarks.lightly_sides", "benchmarks.lightly_moco", "benchmarks.lightly_byol", "benchmarks.test_info_nce",
+    "benchmarks.test_queue", "fastssl.data.loader",
+]  # fmt: skip
 
 # Ends the processes that it was told of once we are gone, however we went: stopped ones would wait for ever.
 GUARD = """
@@ -32,6 +40,16 @@ for process in family.values():
 """
 
 
+@functools.cache
+def _guard() -> IO[str]:
+    """Where the guard is told whom to end."""
+    # In a session of its own, where no ctrl-c comes.
+    guard = subprocess.Popen([sys.executable, "-c", GUARD], stdin=subprocess.PIPE, text=True, start_new_session=True)
+    assert guard.stdin is not None
+    atexit.register(guard.stdin.close)  # comes before multiprocessing waits for those that nobody closed
+    return guard.stdin
+
+
 class Apart(AbstractContextManager["Apart"]):
     """Something that lives in a process of its own, with its own allocator, threads and workers.
 
@@ -44,7 +62,8 @@ class Apart(AbstractContextManager["Apart"]):
             server that others are forked from, and that does not survive a fork.
 
     Raises:
-        EOFError: at a call, when the process has failed, which says why on stderr.
+        EOFError: at a call, when the process has ended, which may have said why on stderr.
+        Exception: at a call, what it raised there, or `make` before it; pytest's request to skip too.
     """
 
     def __init__(self, make: Callable[..., Any], *arguments: Any, on_gpu: bool = False) -> None:
@@ -57,16 +76,18 @@ class Apart(AbstractContextManager["Apart"]):
         theirs.close()  # so that its end is seen here
         self._first = psutil.Process(self._process.pid)
         self._family: list[psutil.Process] = []
-        self._guard = subprocess.Popen(
-            [sys.executable, "-c", GUARD], stdin=subprocess.PIPE, text=True, start_new_session=True
-        )  # in a session of its own, where no ctrl-c comes
-        atexit.register(self._release)  # before multiprocessing waits for those that nobody closed
         self._know([self._first])
 
     def __call__(self, name: str, *arguments: Any) -> Any:
         """Call a method there, and wait for what it returns."""
         self._pipe.send((name, arguments))
-        return self._pipe.recv()
+        how, what = self._pipe.recv()
+        if how == "skipped":
+            pytest.skip(what)
+        if how == "raised":
+            error, where = what
+            raise error from RuntimeError(f"in another process:\n{where}")
+        return what
 
     def pause(self) -> None:
         """Stop the process and its workers where they are."""
@@ -84,10 +105,8 @@ class Apart(AbstractContextManager["Apart"]):
         self.resume()
         self._pipe.close()
         self._process.join(timeout=20)
-        self._release()
-        self._guard.wait()
+        self._all(psutil.Process.kill)  # it, or workers that it has left
         self._process.join()
-        atexit.unregister(self._release)
 
     def __exit__(self, *_: object) -> None:
         self.close()
@@ -95,13 +114,7 @@ class Apart(AbstractContextManager["Apart"]):
     def _know(self, family: list[psutil.Process]) -> None:
         if family != self._family:
             self._family = family
-            assert self._guard.stdin is not None
-            print(*(one.pid for one in family), file=self._guard.stdin, flush=True)
-
-    def _release(self) -> None:
-        """Let the guard end what is left."""
-        assert self._guard.stdin is not None
-        self._guard.stdin.close()
+            print(*(one.pid for one in family), file=_guard(), flush=True)
 
     def _all(self, do: Callable[[psutil.Process], None]) -> None:
         for process in self._family:
@@ -133,12 +146,31 @@ class ApartCall(Elsewhere):
 
 
 def _serve(pipe: Connection, make: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
-    made = make(*arguments)
+    """Answer calls with what they return or raise."""
+    made: Any = None
+    broken: Answer | None = None
+    try:
+        made = make(*arguments)
+    except RAISED as error:
+        broken = _raised(error)
     while True:
         try:
             name, given = pipe.recv()
         except EOFError:
             break
-        pipe.send(getattr(made, name)(*given))
+        answer = broken
+        if answer is None:
+            try:
+                answer = "returned", getattr(made, name)(*given)
+            except RAISED as error:
+                answer = _raised(error)
+        pipe.send(answer)
     if hasattr(made, "close"):
         made.close()
+
+
+def _raised(error: BaseException) -> Answer:
+    """And where: tracebacks are not sent, nor can pytest's request to skip be."""
+    if isinstance(error, pytest.skip.Exception):
+        return "skipped", str(error)
+    return "raised", (error, traceback.format_exc())

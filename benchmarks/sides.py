@@ -8,7 +8,7 @@ from typing import Any, Literal
 import pytest
 import torch
 
-from benchmarks.clocks import peak_memory
+from benchmarks.clocks import CLOCKS, peak_memory
 
 DEVICES = ("cpu", "cuda")
 # A side's `make` calls this when the side cannot run here: pytest.skip, so that importorskip may be used too.
@@ -68,10 +68,15 @@ class Call(ABC):
     seconds, calls = 1e-2, 1  # that a sample has at least
     rounds = 8  # that will do where they take long
     cold = False  # whether every call takes as long as the first: one will do before, and no memory is told
+    may_repeat = True  # whether there is time for a call that is not timed before those of a sample
 
     @abstractmethod
     def __call__(self) -> Any:
         """Do it; what it returns is checked the first time."""
+
+    def timed(self, calls: int, device: str) -> float:
+        """Seconds of so many calls on that device."""
+        return CLOCKS[device](self, calls)
 
     def settle(self) -> None:
         """Wait for what calls have left to be done: after every sample, and not timed."""

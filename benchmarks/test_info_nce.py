@@ -4,8 +4,8 @@ What peers compute otherwise stands beside them below. Their losses and gradient
 of the authors' formula, except where `differs` says that another set of negatives is meant.
 """
 
-import functools
 from collections.abc import Callable
+from functools import lru_cache, partial
 from itertools import chain
 from typing import Any
 
@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks import peers
+from benchmarks.apart_ops import on_cpu_apart
 from benchmarks.sides import DEVICES, Case, Side, grid
 from fastssl.ops import info_nce
 
@@ -22,6 +23,7 @@ pytestmark = pytest.mark.together("ops")
 
 TEMPERATURE = 0.07
 N, D, K = 256, 128, 65536  # MoCo's: batch of a GPU's share, dim, queue
+Step = Callable[[], tuple[Tensor, ...]]
 
 
 def authors(query: Tensor, key: Tensor, queue: Tensor) -> Tensor:
@@ -50,7 +52,7 @@ def inputs(case: Case) -> list[Tensor]:
     return [query.requires_grad_(), key, F.normalize(queue).to(case.device, case.dtype)]
 
 
-def backward_of(loss: Callable[..., Tensor], given: list[Tensor]) -> Callable[[], tuple[Tensor, ...]]:
+def backward_of(loss: Callable[..., Tensor], given: list[Tensor]) -> Step:
     """One step: the loss, and its gradient to what asks for one."""
     leaves = [x for x in given if x.requires_grad]
 
@@ -61,21 +63,21 @@ def backward_of(loss: Callable[..., Tensor], given: list[Tensor]) -> Callable[[]
     return step
 
 
-def plain(loss: Callable[..., Tensor]) -> Callable[[Case], Callable[[], Any]]:
-    return lambda case: backward_of(loss, inputs(case))
+def plain(loss: Callable[..., Tensor], case: Case) -> Step:
+    return backward_of(loss, inputs(case))
 
 
-def compiled(loss: Callable[..., Tensor]) -> Callable[[Case], Callable[[], Any]]:
+def compiled(loss: Callable[..., Tensor], case: Case) -> Step:
     # Not dynamic: the second shape would be compiled for any shape.
-    return lambda case: backward_of(torch.compile(loss, dynamic=False), inputs(case))
+    return backward_of(torch.compile(loss, dynamic=False), inputs(case))
 
 
-def package(case: Case) -> Callable[[], Any]:
+def package(case: Case) -> Step:
     theirs = peers.peer("info_nce", "info-nce-pytorch").info_nce
     return backward_of(lambda q, k, queue=None: theirs(q, k, queue, temperature=TEMPERATURE), inputs(case))
 
 
-def lightly(case: Case) -> Callable[[], Any]:
+def lightly(case: Case) -> Step:
     loss = peers.peer("lightly.loss", "lightly").NTXentLoss(TEMPERATURE, memory_bank_size=(case["K"], case["D"]))
     query, key, queue = inputs(case)
     loss = loss.to(case.device)
@@ -83,7 +85,7 @@ def lightly(case: Case) -> Callable[[], Any]:
     return backward_of(loss, [query, key])
 
 
-def metric_learning(case: Case) -> Callable[[], Any]:
+def metric_learning(case: Case) -> Step:
     losses = peers.peer("pytorch_metric_learning.losses", "pytorch-metric-learning")
     query, key, queue = inputs(case)
     n, k = case["N"], case["K"]
@@ -101,20 +103,20 @@ def metric_learning(case: Case) -> Callable[[], Any]:
     return backward_of(loss, [query, key])
 
 
-def metric_learning_in_batch(case: Case) -> Callable[[], Any]:
+def metric_learning_in_batch(case: Case) -> Step:
     loss = peers.peer("pytorch_metric_learning.losses", "pytorch-metric-learning").NTXentLoss(TEMPERATURE)
     labels = torch.arange(case["N"], device=case.device)
     others = labels.clone()  # told to be one tensor, it takes the queries for their own keys and finds no pair
     return backward_of(lambda q, k: loss(q, labels, ref_emb=k, ref_labels=others), inputs(case))
 
 
-def products(case: Case) -> Callable[[], Any]:
+def products(case: Case) -> Step:
     """(A Qᵀ) Q."""
     query, _, queue = (x.detach() for x in inputs(case))
-    return lambda: (query @ queue.T) @ queue
+    return lambda: ((query @ queue.T) @ queue,)
 
 
-def inf_cl(case: Case) -> Callable[[], Any]:
+def inf_cl(case: Case) -> Step:
     loss = peers.peer("inf_cl").cal_flash_loss  # its kernels take normalised rows
 
     def normalised(query: Tensor, key: Tensor) -> Tensor:
@@ -124,7 +126,7 @@ def inf_cl(case: Case) -> Callable[[], Any]:
     return backward_of(normalised, inputs(case))
 
 
-def memeff(case: Case) -> Callable[[], Any]:
+def memeff(case: Case) -> Step:
     # A margin of 2 drops no negative; `stable` would scale the gradients.
     loss = peers.peer("memeff").MemoryEfficientQwen3Loss(temperature=TEMPERATURE, margin=2.0, stable=False)
     return backward_of(loss, inputs(case))
@@ -138,7 +140,7 @@ def ours_in_batch(query: Tensor, key: Tensor) -> Tensor:
     return info_nce(query, key, temperature=TEMPERATURE)
 
 
-@functools.lru_cache(maxsize=1)
+@lru_cache(maxsize=1)
 def expected(case: Case) -> tuple[Tensor, ...]:
     """The authors' formula on the same numbers in float32 (in float64 the largest would take gigabytes)."""
     given = [x.detach().float().requires_grad_(x.requires_grad) for x in inputs(case)]
@@ -214,24 +216,30 @@ def in_batch_cases(device: str) -> list[Case]:
 
 ENQUEUES = "also enqueues the keys, into a copy of the bank, whose rows it takes for normalised"
 MASKS = "the keys are enqueued first and are each other's negatives too; finds its pairs by labels, as for any loss"
+
+
+def side(name: str, make: Callable[[Case], Step], **other: Any) -> Side:
+    return Side(name, on_cpu_apart(make), **other)
+
+
 QUEUE_SIDES = (
-    Side("authors, eager", plain(authors)),
-    Side("torch.compile", compiled(authors), when=is_mocos),
-    Side("info-nce-pytorch", package, differs="normalises the queue as well", when=is_base),
-    Side("lightly", lightly, differs=ENQUEUES, when=is_base),
-    Side("pytorch-metric-learning", metric_learning, differs=MASKS, agrees=False, when=is_small),
-    Side("two products alone", products, role="bound", agrees=False, when=lambda case: case["K"] < 1_048_576),
-    Side("fastssl", plain(ours), role="ours"),
+    side("authors, eager", partial(plain, authors)),
+    side("torch.compile", partial(compiled, authors), when=is_mocos),
+    side("info-nce-pytorch", package, differs="normalises the queue as well", when=is_base),
+    side("lightly", lightly, differs=ENQUEUES, when=is_base),
+    side("pytorch-metric-learning", metric_learning, differs=MASKS, agrees=False, when=is_small),
+    side("two products alone", products, role="bound", agrees=False),
+    side("fastssl", partial(plain, ours), role="ours"),
 )
 IN_BATCH_SIDES = (
-    Side("authors, eager", plain(authors_in_batch)),
-    Side("torch.compile", compiled(authors_in_batch), when=is_base_in_batch),
-    Side("info-nce-pytorch", package, when=is_base_in_batch),
-    Side("pytorch-metric-learning", metric_learning_in_batch, when=lambda c: c["N"] == 256),
-    Side("inf-cl", inf_cl, differs="computes in float32", when=lambda c: c.device == "cuda"),
-    Side("memeff", memeff, when=lambda c: c.device == "cuda"),
-    Side("fastssl", plain(ours_in_batch), role="ours"),
-)  # fmt: skip
+    side("authors, eager", partial(plain, authors_in_batch)),
+    side("torch.compile", partial(compiled, authors_in_batch), when=is_base_in_batch),
+    side("info-nce-pytorch", package, when=is_base_in_batch),
+    side("pytorch-metric-learning", metric_learning_in_batch, when=lambda c: c["N"] == 256),
+    side("inf-cl", inf_cl, differs="computes in float32", when=lambda c: c.device == "cuda"),
+    side("memeff", memeff, when=lambda c: c.device == "cuda"),
+    side("fastssl", partial(plain, ours_in_batch), role="ours"),
+)
 GRAPHS = ("authors, eager", "torch.compile", "fastssl")
 
 

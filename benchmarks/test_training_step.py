@@ -45,6 +45,8 @@ class Steps(ApartCall):
         name: of the side.
     """
 
+    may_repeat = False  # steps are long
+
     def __init__(self, case: Case, name: str) -> None:
         self._part, self._count = case["part"], count(case)
         # Several whole steps where they are short: how far a loader is ahead when its turn ends differs.

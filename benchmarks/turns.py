@@ -19,8 +19,8 @@ import pytest
 import torch
 from pytest_benchmark.fixture import BenchmarkFixture
 
-from benchmarks.clocks import CLOCKS, Graph
-from benchmarks.sides import Call, Case, Elsewhere, Function, Side
+from benchmarks.clocks import Graph
+from benchmarks.sides import Call, Case, Function, Side
 
 MOST_CALLS = 1000  # of a sample
 SHORT = 0.1  # seconds of a call that may be tried a few times before
@@ -85,9 +85,8 @@ class Measured:
                     graph.prove(partial(check, self.case) if check is not None and self.side.pure else None)
                 self.call = call = Function(graph, call.seconds)
             seconds = max(first if call.cold else self._once_more(call), 1e-9)
-        # Processes of their own, whose calls are long, are left out for the time that it would take.
-        asks_anew = self.case.device == "cpu" and not isinstance(call, Elsewhere) and (self.peak or 0) >= LARGE
-        self.warm = seconds < BRIEF or asks_anew
+        asks_anew = self.case.device == "cpu" and (self.peak or 0) >= LARGE
+        self.warm = seconds < BRIEF or (asks_anew and call.may_repeat)
         self.calls = min(MOST_CALLS, max(call.calls, math.ceil(call.seconds / seconds)))
         return seconds * self.calls
 
@@ -113,7 +112,7 @@ class Measured:
             self.samples.append(self._seconds(call, self.calls) / self.calls)
 
     def _seconds(self, call: Call, calls: int) -> float:
-        seconds = CLOCKS[self.case.device](call, calls)
+        seconds = call.timed(calls, self.case.device)
         call.settle()
         return seconds
 

@@ -25,6 +25,9 @@ class Counter:
     def fail(self) -> None:
         raise SystemExit("meant")
 
+    def reject(self) -> None:
+        raise ValueError("no such number")
+
 
 class Ticking:
     """Has a worker of its own that writes for as long as it may."""
@@ -39,6 +42,13 @@ class Ticking:
     def close(self) -> None:
         self._worker.kill()
         self._worker.wait()
+
+
+class Missing:
+    """Cannot be made."""
+
+    def __init__(self) -> None:
+        pytest.skip("no such package")
 
 
 class Name(ApartCall):
@@ -90,9 +100,22 @@ def test_keeps_what_it_made(on_gpu: bool) -> None:
         assert counter("add", 2) == 6
 
 
-def test_a_failure_is_told() -> None:
+def test_the_end_of_a_process_is_told() -> None:
     with Apart(Counter, 3) as counter, pytest.raises(EOFError):
         counter("fail")
+
+
+def test_what_is_raised_there_is_raised_here_and_the_process_goes_on() -> None:
+    with Apart(Counter, 3) as counter:
+        with pytest.raises(ValueError, match="no such number") as raised:
+            counter("reject")
+        assert "in reject" in str(raised.value.__cause__)  # where
+        assert counter("add", 1) == 4
+
+
+def test_what_cannot_be_made_there_is_skipped_here() -> None:
+    with Apart(Missing) as missing, pytest.raises(pytest.skip.Exception, match="no such package"):
+        missing("add", 1)
 
 
 def test_nobody_works_while_it_is_not_his_turn(tmp_path: Path) -> None:
