@@ -22,7 +22,7 @@ RAISED = (Exception, pytest.skip.Exception)  # the latter is a BaseException
 # Imported once, by the server that processes are forked from: it has no threads, loaders or allocator settings yet.
 PRELOADED = [
     "benchmarks.lightly_sides", "benchmarks.lightly_moco", "benchmarks.lightly_byol", "benchmarks.test_info_nce",
-    "benchmarks.test_queue", "fastssl.data.loader",
+    "fastssl.data.loader",
 ]  # fmt: skip
 
 # Ends the processes that it was told of once we are gone, however we went: stopped ones would wait for ever.

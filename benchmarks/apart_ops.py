@@ -50,12 +50,12 @@ class ApartOp(ApartCall):
     Args:
         make: of the op, and
         case: for it; both must be such as can be sent to a process.
-        seconds: that a sample takes at least.
     """
 
-    def __init__(self, make: Make, case: Case, seconds: float) -> None:
+    seconds = 0.05  # more than in our process, for the other's threads have to wake
+
+    def __init__(self, make: Make, case: Case) -> None:
         super().__init__(Apart(Op, make, case), pauses=False)  # nothing goes on there between calls
-        self.seconds = seconds
 
     def __call__(self) -> list[Tensor]:
         return [torch.from_numpy(array) for array in self.peer("result")]
@@ -68,11 +68,10 @@ class ApartOp(ApartCall):
         return peak
 
 
-def on_cpu_apart(make: Make, seconds: float = Call.seconds) -> Callable[[Case], Call]:
+def on_cpu_apart(make: Make) -> Callable[[Case], Call]:
     """What a side's `make` may be: on the CPU the op has a process of its own.
 
     Args:
         make: gives the function to be timed; one that can be pickled.
-        seconds: that a sample takes at least.
     """
-    return lambda case: ApartOp(make, case, seconds) if case.device == "cpu" else Function(make(case), seconds)
+    return lambda case: ApartOp(make, case) if case.device == "cpu" else Function(make(case))
