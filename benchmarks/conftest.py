@@ -12,6 +12,7 @@ import pytest
 import torch
 from pytest_benchmark.fixture import BenchmarkFixture
 
+from benchmarks.allocator import fix_thresholds
 from benchmarks.environment import driver, nvidia_smi
 from benchmarks.sides import Case, Side
 from benchmarks.turns import TOLD, Turns, parameters_of, report
@@ -57,6 +58,7 @@ def turns(request: pytest.FixtureRequest, benchmark: BenchmarkFixture) -> Iterat
             with capture.global_and_fixture_disabled():
                 reporter.write_line(line)
 
+        fix_thresholds()  # here too
         stash[_turns] = Turns(request.session.items, request.config.getoption("--quick"), say)
 
     def run(case: Case, side: Side) -> None:

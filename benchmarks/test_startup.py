@@ -25,7 +25,7 @@ class Python(Elsewhere):
         arguments: of the interpreter.
     """
 
-    rounds = 5  # a start takes seconds and varies little
+    rounds = 4  # a start takes seconds and varies little
     cold = True
 
     def __init__(self, *arguments: str) -> None:
