@@ -7,7 +7,7 @@ HIGHEST = 32 * 2**20  # bytes; as far as glibc moves its threshold of mapping a 
 
 
 def fix_thresholds() -> None:
-    """Keep freed memory in the process, but map blocks beyond 32 MiB anew, as in one that has freed a large block.
+    """Keep freed memory in the process, but map blocks beyond 32 MiB anew where no hole in the heap is large enough.
 
     Freed memory at the end of the heap is otherwise given back whenever it exceeds twice that: calls with several
     blocks of 16 MiB then take new pages, each with a fault, or none, as the heap happens to lie. Does nothing on

@@ -2,6 +2,7 @@
 
 import atexit
 import functools
+import pickle
 import subprocess
 import sys
 import traceback
@@ -9,20 +10,20 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager, suppress
 from multiprocessing import get_context
 from multiprocessing.connection import Connection
-from typing import IO, Any
+from typing import Any
 
 import psutil
 import pytest
 
 from benchmarks.sides import Elsewhere
 
-Answer = tuple[str, Any]  # returned, raised or skipped; what, and why
+Answer = tuple[str, Any]  # "returned" and a value, "raised" and an error with its traceback, "skipped" and why
 RAISED = (Exception, pytest.skip.Exception)  # the latter is a BaseException
 
 # Imported once, by the server that processes are forked from: it has no threads, loaders or allocator settings yet.
 PRELOADED = [
     "benchmarks.lightly_sides", "benchmarks.lightly_moco", "benchmarks.lightly_byol", "benchmarks.test_info_nce",
-    "fastssl.data.loader",
+    "fastssl.data.loader", "benchmarks.shared_pages",
 ]  # fmt: skip
 
 # Ends the processes that it was told of once we are gone, however we went: stopped ones would wait for ever.
@@ -33,7 +34,7 @@ family = {}
 for line in sys.stdin:
     for pid in map(int, line.split()):
         with suppress(psutil.NoSuchProcess):
-            family.setdefault(pid, psutil.Process(pid))
+            family[pid] = psutil.Process(pid)  # the newest of that number
 for process in family.values():
     with suppress(psutil.NoSuchProcess):  # it knows if the number was given to another
         process.kill()
@@ -41,13 +42,11 @@ for process in family.values():
 
 
 @functools.cache
-def _guard() -> IO[str]:
-    """Where the guard is told whom to end."""
-    # In a session of its own, where no ctrl-c comes.
+def _guard() -> subprocess.Popen[str]:
+    """Told whom to end, in a session of its own, where no ctrl-c comes."""
     guard = subprocess.Popen([sys.executable, "-c", GUARD], stdin=subprocess.PIPE, text=True, start_new_session=True)
-    assert guard.stdin is not None
-    atexit.register(guard.stdin.close)  # comes before multiprocessing waits for those that nobody closed
-    return guard.stdin
+    atexit.register(guard.communicate)  # its end comes before multiprocessing waits for those that nobody closed
+    return guard
 
 
 class Apart(AbstractContextManager["Apart"]):
@@ -62,7 +61,7 @@ class Apart(AbstractContextManager["Apart"]):
             server that others are forked from, and that does not survive a fork.
 
     Raises:
-        EOFError: at a call, when the process has ended, which may have said why on stderr.
+        EOFError, BrokenPipeError: at a call, when the process has ended, which may have said why on stderr.
         Exception: at a call, what it raised there, or `make` before it; pytest's request to skip too.
     """
 
@@ -92,8 +91,7 @@ class Apart(AbstractContextManager["Apart"]):
     def pause(self) -> None:
         """Stop the process and its workers where they are."""
         self._all(psutil.Process.suspend)  # at once; looking for new ones takes milliseconds
-        with suppress(psutil.NoSuchProcess):  # it has failed, and the next call says so
-            self._know([self._first, *self._first.children(recursive=True)])
+        self._look()
         self._all(psutil.Process.suspend)
 
     def resume(self) -> None:
@@ -103,6 +101,7 @@ class Apart(AbstractContextManager["Apart"]):
     def close(self) -> None:
         """End the process."""
         self.resume()
+        self._look()
         self._pipe.close()
         self._process.join(timeout=20)
         self._all(psutil.Process.kill)  # it, or workers that it has left
@@ -111,10 +110,15 @@ class Apart(AbstractContextManager["Apart"]):
     def __exit__(self, *_: object) -> None:
         self.close()
 
+    def _look(self) -> None:
+        """For workers that it has got since."""
+        with suppress(psutil.NoSuchProcess):  # it has failed, and the next call says so
+            self._know([self._first, *self._first.children(recursive=True)])
+
     def _know(self, family: list[psutil.Process]) -> None:
         if family != self._family:
             self._family = family
-            print(*(one.pid for one in family), file=_guard(), flush=True)
+            print(*(one.pid for one in family), file=_guard().stdin, flush=True)
 
     def _all(self, do: Callable[[psutil.Process], None]) -> None:
         for process in self._family:
@@ -123,11 +127,11 @@ class Apart(AbstractContextManager["Apart"]):
 
 
 class ApartCall(Elsewhere):
-    """Calls into a process that stands still while it is not its turn, so that loaders do not work ahead.
+    """Calls into a process, which can be made to stand still while it is not its turn: loaders would work ahead.
 
     Args:
         peer: the process.
-        pauses: whether it can be stopped: what a GPU was given to do would go on.
+        pauses: whether it is. What a GPU was given to do would go on; an op has nothing to do.
     """
 
     def __init__(self, peer: Apart, pauses: bool = True) -> None:
@@ -170,7 +174,12 @@ def _serve(pipe: Connection, make: Callable[..., Any], arguments: tuple[Any, ...
 
 
 def _raised(error: BaseException) -> Answer:
-    """And where: tracebacks are not sent, nor can pytest's request to skip be."""
+    """And where, for tracebacks are not sent; nor can some errors be, or pytest's request to skip."""
     if isinstance(error, pytest.skip.Exception):
         return "skipped", str(error)
-    return "raised", (error, traceback.format_exc())
+    where = "".join(traceback.format_exception(error))
+    try:
+        pickle.loads(pickle.dumps(error))
+    except Exception:
+        error = RuntimeError(f"{type(error).__name__}: {error}")
+    return "raised", (error.with_traceback(None), where)

@@ -2,6 +2,7 @@
 
 import gc
 from collections.abc import Callable, Iterable
+from functools import partial
 from typing import Any
 
 import torch
@@ -74,4 +75,8 @@ def on_cpu_apart(make: Make) -> Callable[[Case], Call]:
     Args:
         make: gives the function to be timed; one that can be pickled.
     """
-    return lambda case: ApartOp(make, case) if case.device == "cpu" else Function(make(case))
+    return partial(_call_of, make)
+
+
+def _call_of(make: Make, case: Case) -> Call:
+    return ApartOp(make, case) if case.device == "cpu" else Function(make(case))

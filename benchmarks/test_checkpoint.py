@@ -165,7 +165,6 @@ class Later(InFolder):
     """
 
     seconds = 0.0  # one call a sample: a second one would wait for the rest of the first
-    rounds = 12  # what a peer copies to is sometimes new pages
 
     def __init__(self, begin: Callable[[Path], Callable[[], Path]]) -> None:
         super().__init__(begin)

@@ -12,6 +12,13 @@ import pytest
 from benchmarks.apart import Apart, ApartCall
 
 
+class Odd(Exception):
+    """Cannot be sent: it is made of two things and keeps one."""
+
+    def __init__(self, one: str, two: str) -> None:
+        super().__init__(one + two)
+
+
 class Counter:
     """Lives in another process."""
 
@@ -27,6 +34,9 @@ class Counter:
 
     def reject(self) -> None:
         raise ValueError("no such number")
+
+    def reject_oddly(self) -> None:
+        raise Odd("one", "two")
 
 
 class Ticking:
@@ -110,6 +120,8 @@ def test_what_is_raised_there_is_raised_here_and_the_process_goes_on() -> None:
         with pytest.raises(ValueError, match="no such number") as raised:
             counter("reject")
         assert "in reject" in str(raised.value.__cause__)  # where
+        with pytest.raises(RuntimeError, match="Odd: onetwo"):
+            counter("reject_oddly")
         assert counter("add", 1) == 4
 
 

@@ -171,14 +171,18 @@ def test_what_starts_cold_every_time_is_called_once_before_it_is_timed(is_cold: 
     assert (one.peak is None) == is_cold
 
 
-@pytest.mark.parametrize(("wait", "peak", "untimed"), [(0.001, 0, 1), (0.05, 2**20, 0), (0.05, 2**27, 1)])
+@pytest.mark.parametrize(
+    ("wait", "peak", "repeats", "untimed"),
+    [(0.001, 0, True, 1), (0.05, 2**20, True, 0), (0.05, 2**27, True, 1), (0.05, 2**27, False, 0)],
+)
 def test_a_sample_of_brief_or_large_calls_begins_with_one_that_is_not_timed(
-    wait: float, peak: int, untimed: int
+    wait: float, peak: int, repeats: bool, untimed: int
 ) -> None:
     waits = list[float]()
 
     class Slow(Call):
         seconds = 0.0  # one call a sample
+        may_repeat = repeats
 
         def __call__(self) -> None:
             time.sleep(waits.pop() if waits else wait)
