@@ -10,6 +10,7 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager, suppress
 from multiprocessing import get_context
 from multiprocessing.connection import Connection
+from operator import methodcaller
 from typing import Any
 
 import psutil
@@ -18,7 +19,6 @@ import pytest
 from benchmarks.sides import Elsewhere
 
 Answer = tuple[str, Any]  # "returned" and a value, "raised" and an error with its traceback, "skipped" and why
-RAISED = (Exception, pytest.skip.Exception)  # the latter is a BaseException
 
 # Imported once, by the server that processes are forked from: it has no threads, loaders or allocator settings yet.
 PRELOADED = [
@@ -151,35 +151,27 @@ class ApartCall(Elsewhere):
 
 def _serve(pipe: Connection, make: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
     """Answer calls with what they return or raise."""
-    made: Any = None
-    broken: Answer | None = None
-    try:
-        made = make(*arguments)
-    except RAISED as error:
-        broken = _raised(error)
+    first = how, made = _answer(make, *arguments)
     while True:
         try:
             name, given = pipe.recv()
         except EOFError:
             break
-        answer = broken
-        if answer is None:
-            try:
-                answer = "returned", getattr(made, name)(*given)
-            except RAISED as error:
-                answer = _raised(error)
-        pipe.send(answer)
+        pipe.send(_answer(methodcaller(name, *given), made) if how == "returned" else first)
     if hasattr(made, "close"):
         made.close()
 
 
-def _raised(error: BaseException) -> Answer:
-    """And where, for tracebacks are not sent; nor can some errors be, or pytest's request to skip."""
-    if isinstance(error, pytest.skip.Exception):
-        return "skipped", str(error)
-    where = "".join(traceback.format_exception(error))
+def _answer(do: Callable[..., Any], *arguments: Any) -> Answer:
+    """Tracebacks are not sent; nor can some errors be, or pytest's request to skip."""
     try:
-        pickle.loads(pickle.dumps(error))
-    except Exception:
-        error = RuntimeError(f"{type(error).__name__}: {error}")
-    return "raised", (error.with_traceback(None), where)
+        return "returned", do(*arguments)
+    except pytest.skip.Exception as request:
+        return "skipped", str(request)
+    except Exception as error:
+        where = traceback.format_exc()
+        try:
+            pickle.loads(pickle.dumps(error))
+        except Exception:
+            return "raised", (RuntimeError(f"{type(error).__name__}: {error}"), where)
+        return "raised", (error.with_traceback(None), where)
