@@ -64,6 +64,10 @@ def check(case: Case, result: tuple[Tensor, Tensor]) -> None:
         )
 
 
+# On a CPU with 4,096 rows, 16 MB in all, the paper's formula was 2.7 times as slow as ours in one run, 3.5 in others.
+ROWS = {"cpu": (256, 1024, 2048), "cuda": (256, 1024, 4096)}
+
+
 def make_case(device: str, n: int, dtype: str = "float32") -> Case:
     width, axes = (4 if dtype == "float32" else 2), (("N", n), ("D", 256), ("dtype", dtype))
     return Case("normalized_mse", axes, device, flops=10 * n * 256, bytes=3 * width * n * 256, quick=n == 256)
@@ -71,13 +75,13 @@ def make_case(device: str, n: int, dtype: str = "float32") -> Case:
 
 SIDES = (
     Side("paper, eager", step_of(paper)),
-    Side("torch.compile", compiled, when=lambda c: c["N"] == 4096),
+    Side("torch.compile", compiled, when=lambda c: c["N"] == ROWS[c.device][-1]),
     Side("F.cosine_similarity", step_of(cosine)),
     Side("lightly", lightly),
     Side("fastssl", step_of(normalized_mse), role="ours"),
 )
 DTYPES = {"cpu": ("float32",), "cuda": ("float32", "bfloat16")}
-CASES = [make_case(device, n, dtype) for device in DEVICES for dtype in DTYPES[device] for n in (256, 1024, 4096)]
+CASES = [make_case(device, n, dtype) for device in DEVICES for dtype in DTYPES[device] for n in ROWS[device]]
 
 
 @pytest.mark.parametrize(

@@ -4,15 +4,17 @@ import json
 import os
 import re
 import time
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 import fastssl.ops  # noqa: F401  here, for pytester forgets what a run has imported, and ops are registered only once
-from benchmarks.sides import Call, Case, Elsewhere, Side
-from benchmarks.turns import Measured, turn_order
+from benchmarks.sides import Call, Case, Elsewhere, Function, Side
+from benchmarks.turns import Measured, Turns, turn_order
 
 pytest_plugins = ["pytester"]
 
@@ -51,7 +53,7 @@ def dies(case):
         count += 1
         if count > 8:  # when it is prepared, and in its first round, it has not
             raise RuntimeError("it died")
-        time.sleep(0.01)
+        time.sleep(0.03)  # nor so short that it begins with an untimed call, and the others too
         return 1
     return step
 
@@ -197,6 +199,28 @@ def test_a_sample_of_brief_or_large_calls_begins_with_one_that_is_not_timed(
     one.sample()
     assert not waits
     assert (one.samples[0] < 0.5) == bool(untimed)
+
+
+def waiting(seconds: float, case: Case) -> Call:
+    return Function(partial(time.sleep, seconds), 0.0)
+
+
+@pytest.mark.parametrize(("seconds", "untimed"), [(0.001, True), (0.04, False)])
+def test_all_sides_of_a_case_begin_with_an_untimed_call_or_none(seconds: float, untimed: bool) -> None:
+    case = Case("op", ())
+    sides = [Side(f"{wait} s", partial(waiting, wait)) for wait in (seconds, 0.05)]
+    items: Any = [
+        SimpleNamespace(
+            nodeid=f"op[{side}]",
+            callspec=SimpleNamespace(params={"case": case, "side": side}),
+            get_closest_marker=lambda name: None,
+        )
+        for side in sides
+    ]
+    turns = Turns(items, quick=True, say=print)
+    measured = [turns.measure(item, case, side) for item, side in zip(items, sides, strict=True)]
+    assert [one.warm for one in measured] == [untimed, untimed]
+    assert all(one.samples for one in measured)
 
 
 def test_what_was_done_ahead_does_not_make_samples_longer() -> None:
