@@ -100,6 +100,13 @@ def test_dtypes_of_queue_and_keys(dtype: torch.dtype, queue_dtype: torch.dtype) 
     model.check(torch.float32 if dtype != torch.float64 else dtype)  # half keys are computed in float32
 
 
+def test_keys_for_several_threads() -> None:
+    model = Model(KeyQueue(7, 20_000, fill="empty"))  # a row is more than one thread takes at a time
+    for count in (4, 5, 9):
+        model.enqueue(torch.randn(count, 20_000))
+        model.check()
+
+
 def test_layouts_of_keys(backend: str) -> None:
     keys = torch.randn(6, 8)
     for layout in (keys.T.contiguous().T, keys[::2], keys[:, ::2], keys[1:, 1:], keys[:1].expand(6, 8)):

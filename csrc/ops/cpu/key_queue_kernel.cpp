@@ -11,7 +11,9 @@
 namespace fastssl::ops {
 namespace {
 
-constexpr int64_t kRows = 64;  // rows of a work item
+// Elements of a work item, as many as torch's own loops give a thread. MoCo's batch of 256 keys of 128 numbers is one:
+// a second thread saves 3 µs of 27, and costs 26 where a loader's worker has its core.
+constexpr int64_t kElements = at::internal::GRAIN_SIZE;
 
 int64_t& integer(const at::Tensor& x) { return *x.mutable_data_ptr<int64_t>(); }
 
@@ -38,8 +40,9 @@ void enqueue_cpu(const at::Tensor& queue, const at::Tensor& tail, const at::Tens
   char* const to = static_cast<char*>(queue.mutable_data_ptr());
   const Type from_type = tensors::type_of(rows), to_type = tensors::type_of(queue);
   const int64_t from_stride = rows.stride(0) * rows.element_size(), to_stride = dim * queue.element_size();
-  cpu::over_items(cpu::divide_up(kept, kRows), [&](int64_t item) {
-    for (int64_t i = item * kRows; i < std::min((item + 1) * kRows, kept); ++i) {
+  const int64_t rows_of_item = std::max<int64_t>(kElements / std::max<int64_t>(dim, 1), 1);
+  cpu::over_items(cpu::divide_up(kept, rows_of_item), [&](int64_t item) {
+    for (int64_t i = item * rows_of_item; i < std::min((item + 1) * rows_of_item, kept); ++i) {
       cpu::write_unit_row(to + (first + i) % capacity * to_stride, to_type, from + (count - kept + i) * from_stride,
                           from_type, dim);
     }

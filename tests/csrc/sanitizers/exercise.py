@@ -71,6 +71,7 @@ def exercise_ema_update(n: int, m: int, d: int, dtype: torch.dtype) -> None:
 
 
 def exercise_key_queue(n: int, m: int, d: int, dtype: torch.dtype) -> None:
+    KeyQueue(4, 20_000).enqueue_(torch.randn(3, 20_000).to(dtype))  # several threads' rows
     for queue_dtype in DTYPES:
         queue = KeyQueue(m, d, dtype=queue_dtype, fill="empty")
         for count in (n, 1, m, 3 * m + 2, 0, m // 2 + 1):

@@ -71,12 +71,14 @@ void ema_update_of(const Shape& shape, at::ScalarType dtype) {
   fastssl::ops::ema_update_cpu(targets, sources, shadows, 0.1, std::nullopt);
 }
 
+// More elements than one thread takes at a time.
 void key_queue_of(const Shape& shape, at::ScalarType dtype) {
-  const Tensor queue = at::zeros({shape.m, shape.d}, dtype), tail = at::zeros({}, at::kLong);
+  const int64_t capacity = shape.m + 100000 / shape.d;
+  const Tensor queue = at::zeros({capacity, shape.d}, dtype), tail = at::zeros({}, at::kLong);
   const Tensor filled = at::zeros({}, at::kLong), arrived = at::zeros({}, at::kInt);
-  for (const int64_t count : {shape.n, shape.m / 2 + 1, 2 * shape.m + 3}) {
+  for (const int64_t count : {shape.n, capacity / 2 + 1, 2 * capacity + 3}) {
     fastssl::ops::enqueue_cpu(queue, tail, filled, arrived, rows({count, shape.d}, dtype));
-    fastssl::ops::dequeue_cpu(tail, filled, shape.m, shape.n / 3);
+    fastssl::ops::dequeue_cpu(tail, filled, capacity, shape.n / 3);
   }
 }
 
