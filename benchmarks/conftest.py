@@ -58,7 +58,7 @@ def turns(request: pytest.FixtureRequest, benchmark: BenchmarkFixture) -> Iterat
             with capture.global_and_fixture_disabled():
                 reporter.write_line(line)
 
-        fix_thresholds()  # losses of 4,096 rows take blocks of 4 MiB, and new pages for them or not
+        fix_thresholds()  # losses of 2,048 rows take blocks of 2 MiB, and new pages for them or not
         stash[_turns] = Turns(request.session.items, request.config.getoption("--quick"), say)
 
     def run(case: Case, side: Side) -> None:

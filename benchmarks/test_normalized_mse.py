@@ -64,7 +64,8 @@ def check(case: Case, result: tuple[Tensor, Tensor]) -> None:
         )
 
 
-# On a CPU with 4,096 rows, 16 MB in all, the paper's formula was 2.7 times as slow as ours in one run, 3.5 in others.
+# On a CPU with 4,096 rows, for which it needs 46 MB, the paper's formula was 2.7 times as slow as ours in one run and
+# 3.5 times in another.
 ROWS = {"cpu": (256, 1024, 2048), "cuda": (256, 1024, 4096)}
 
 

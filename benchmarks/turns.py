@@ -28,7 +28,7 @@ BRIEF = 0.02  # seconds of a call for which it may count what the side before ha
 LARGE = 32 * 2**20  # bytes of a call that is taken to ask the system for new pages, which cost more after seconds
 ROUNDS = (Call.rounds, 40)  # at least, at most
 SECONDS, ALONE = 1.0, 3  # that a side is timed if that makes enough rounds; alone, so many times as long
-SLOW, SLOW_ROUNDS = 3.0, 7  # seconds of a round from which so many must do
+SLOW, SLOW_ROUNDS = 3.0, 9  # seconds of a round from which so many must do
 QUICK_ROUNDS, QUICK_SECONDS = (3, 10), 0.1
 SILENCE = 20  # seconds after which people want to know what is going on
 Group = tuple[object, ...]
@@ -86,7 +86,7 @@ class Measured:
                 self.call = call = Function(graph, call.seconds)
             seconds = max(first if call.cold else self._once_more(call), 1e-9)
         asks_anew = self.case.device == "cpu" and (self.peak or 0) >= LARGE
-        self.warm = call.may_repeat and (seconds < BRIEF or asks_anew)
+        self.warm = not self.case.alone and (seconds < BRIEF or asks_anew)
         self.calls = min(MOST_CALLS, max(call.calls, math.ceil(call.seconds / seconds)))
         return seconds * self.calls
 
@@ -221,7 +221,7 @@ class Turns:
             return 0, 0.0
         warm = any(one.warm for one in sides)
         for one in sides:  # all of a case or none, so that nobody is favoured
-            one.warm = warm
+            one.warm = warm and one.call is not None and one.call.may_repeat
         least, most = self._rounds
         least = min([least, *(one.call.rounds for one in sides if one.call)])
         least = min(least, SLOW_ROUNDS) if seconds > SLOW else least
