@@ -204,7 +204,7 @@ def queue_cases(device: str) -> list[Case]:
     if device == "cpu":
         # What the pages cost that the authors' code takes anew at every call changes from run to run. With 0.8 GB it
         # was 4.5 to 6.4 times as slow as ours, with 3 GB 5 to 11 times, and with 0.2 GB (D=64 and 65,536 keys) mostly
-        # 7.5 times, but once 20. So only MoCo's own shape and a million keys need more than 0.1 GB.
+        # 7.5 times, but once 20. So only MoCo's own shape and a million keys need more than 0.15 GB.
         axes = [{"k": k} for k in (4096, 16384, K)]
         axes += [{"n": 32, "k": k} for k in (4096, 16384, K, 262_144, 1_048_576)]
         axes += [{"n": 64}, {"n": 1024, "k": 4096}, *(d | {"k": 16384} for d in ds)]

@@ -60,7 +60,7 @@ class Measured:
         self.call: Call | None = None
         self.failure: BaseException | None = None  # or the reason to be skipped
         self.calls, self.samples = 1, list[float]()
-        self.warm = False  # whether a call that is not timed has to come before those of a sample
+        self.warm = False  # whether a call that is not timed comes before those of a sample
         self.peak: int | None = None
 
     def prepare(self) -> float:

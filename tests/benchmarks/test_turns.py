@@ -173,9 +173,12 @@ def test_what_starts_cold_every_time_is_called_once_before_it_is_timed(is_cold: 
     assert (one.peak is None) == is_cold
 
 
-@pytest.mark.parametrize(("wait", "peak", "untimed"), [(0.001, 0, True), (0.05, 2**20, False), (0.05, 2**27, True)])
+@pytest.mark.parametrize(
+    ("wait", "peak", "alone", "untimed"),
+    [(0.001, 0, False, True), (0.05, 2**20, False, False), (0.05, 2**27, False, True), (0.001, 0, True, False)],
+)
 def test_a_sample_of_brief_or_large_calls_begins_with_one_that_is_not_timed(
-    wait: float, peak: int, untimed: bool
+    wait: float, peak: int, alone: bool, untimed: bool
 ) -> None:
     waits = list[float]()
 
@@ -188,7 +191,7 @@ def test_a_sample_of_brief_or_large_calls_begins_with_one_that_is_not_timed(
         def peak_memory(self, device: str) -> int:
             return peak
 
-    one = Measured(Case("op", ()), Side("a", lambda case: Slow()))
+    one = Measured(Case("op", (), alone=alone), Side("a", lambda case: Slow()))
     one.prepare()
     assert one.warm == untimed
     waits.append(1.0)
@@ -198,12 +201,12 @@ def test_a_sample_of_brief_or_large_calls_begins_with_one_that_is_not_timed(
 
 
 class Waiting(Call):
-    """Counts how often it was asked for a time."""
+    """Counts how often it was asked for a time, and tells when it is closed."""
 
     seconds = 0.0  # one call a sample
 
-    def __init__(self, wait: float, peak: int, repeats: bool, case: Case) -> None:
-        self._wait, self._peak, self.may_repeat, self.count = wait, peak, repeats, 0
+    def __init__(self, counts: list[int], wait: float, peak: int, repeats: bool, case: Case) -> None:
+        self._counts, self._wait, self._peak, self.may_repeat, self.count = counts, wait, peak, repeats, 0
 
     def __call__(self) -> None:
         time.sleep(self._wait)
@@ -216,10 +219,7 @@ class Waiting(Call):
         return self._peak
 
     def close(self) -> None:
-        COUNTS.append(self.count)
-
-
-COUNTS = list[int]()
+        self._counts.append(self.count)
 
 
 @pytest.mark.parametrize(
@@ -229,9 +229,8 @@ COUNTS = list[int]()
 def test_all_sides_of_a_case_begin_with_an_untimed_call_or_none(
     wait: float, peak: int, repeats: bool, untimed: int
 ) -> None:
-    case = Case("op", ())
-    sides = [Side(name, partial(Waiting, w, p, repeats)) for name, w, p in (("a", wait, peak), ("b", 0.05, 0))]
-    COUNTS.clear()
+    case, counts = Case("op", ()), list[int]()
+    sides = [Side(name, partial(Waiting, counts, w, p, repeats)) for name, w, p in (("a", wait, peak), ("b", 0.05, 0))]
     items: Any = [
         SimpleNamespace(
             nodeid=f"op[{side}]",
@@ -242,7 +241,7 @@ def test_all_sides_of_a_case_begin_with_an_untimed_call_or_none(
     ]
     turns = Turns(items, quick=True, say=print)
     measured = [turns.measure(item, case, side) for item, side in zip(items, sides, strict=True)]
-    assert sorted(COUNTS) == sorted(1 + len(one.samples) * (1 + untimed) for one in measured)  # one when prepared
+    assert sorted(counts) == sorted(1 + len(one.samples) * (1 + untimed) for one in measured)  # one when prepared
     assert all(one.samples for one in measured)
 
 
