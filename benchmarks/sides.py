@@ -66,7 +66,7 @@ class Call(ABC):
     """What is timed. A side's `make` gives one where a plain function will not do."""
 
     seconds, calls = 1e-2, 1  # that a sample has at least
-    rounds = 10  # at most so many must do where they take long
+    rounds = 10  # that do where they take long
     cold = False  # whether every call takes as long as the first: one will do before, and no memory is told
     may_repeat = True  # whether there is time for a call that is not timed before those of a sample
 
