@@ -25,7 +25,7 @@ from benchmarks.sides import Call, Case, Function, Side
 MOST_CALLS = 1000  # of a sample
 SHORT = 0.1  # seconds of a call that may be tried a few times before
 BRIEF = 0.02  # seconds of a call for which it may count what the side before has left in the caches
-LARGE = 32 * 2**20  # bytes of a call that is taken to ask the system for new pages, which cost more after seconds
+LARGE = 32 * 2**20  # bytes of a call that is taken to ask the system for new pages, which cost more after a pause
 ROUNDS = (15, 40)  # at least, unless fewer do for a call of the case; at most
 SECONDS, ALONE = 1.0, 3  # that a side is timed if that makes enough rounds; alone, so many times as long
 SLOW, SLOW_ROUNDS = 3.0, 8  # seconds of a round from which so many must do
