@@ -202,8 +202,8 @@ def queue_cases(device: str) -> list[Case]:
     """One axis at a time around MoCo's shape, on a CPU around smaller ones; on CUDA in both precisions, and corners."""
     ds = [{"d": d} for d in (64, 256, 512)]
     if device == "cpu":
-        # What the pages cost that the authors' code takes anew at every call changes from run to run, most where a
-        # virtual machine has given them back to its host. With 0.8 GB it was 4.5 to 6.4 times as slow as ours, with
+        # What the pages cost that the authors' code takes anew at every call changes from run to run, for one where
+        # a virtual machine gives free pages back to its host. With 0.8 GB it was 4.5 to 6.4 times as slow as ours, with
         # 3 GB 5 to 11 times, and with 0.2 GB (D=64 and 65,536 keys) mostly 7.5 times, but once 20. So only MoCo's own
         # shape needs more than 0.15 GB. Four queries have blocks of 16 MiB with a million keys, which are kept.
         axes = [{"k": k} for k in (4096, 16384, K)]

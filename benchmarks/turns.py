@@ -26,10 +26,10 @@ MOST_CALLS = 1000  # of a sample
 SHORT = 0.1  # seconds of a call that may be tried a few times before
 BRIEF = 0.02  # seconds of a call for which it may count what the side before has left in the caches
 LARGE = 32 * 2**20  # bytes of a call that is taken to ask the system for new pages, which cost more after a pause
-ROUNDS = (15, 40)  # at least, unless fewer do for a call of the case; at most
 SECONDS, ALONE = 1.0, 3  # that a side is timed if that makes enough rounds; alone, so many times as long
+MOST_ROUNDS, FEW_ROUNDS = 40, 3  # few do where nobody is compared
 SLOW, SLOW_ROUNDS = 3.0, 8  # seconds of a round from which so many must do
-QUICK_ROUNDS, QUICK_SECONDS = (3, 10), 0.1
+QUICK_MOST_ROUNDS, QUICK_SECONDS = 10, 0.1
 SILENCE = 20  # seconds after which people want to know what is going on
 Group = tuple[object, ...]
 
@@ -174,7 +174,8 @@ class Turns:
                 case, side = parameters["case"], parameters["side"]
                 cases = self._groups.setdefault(group_of(item, case, side), {})
                 cases.setdefault((_test(item), case), []).append(Measured(case, side))
-        self._rounds, self._seconds = (QUICK_ROUNDS, QUICK_SECONDS) if quick else (ROUNDS, SECONDS)
+        self._quick = quick
+        self._most, self._seconds = (QUICK_MOST_ROUNDS, QUICK_SECONDS) if quick else (MOST_ROUNDS, SECONDS)
         self._done: set[Group] = set()
 
     def measure(self, item: pytest.Item, case: Case, side: Side) -> Measured:
@@ -222,14 +223,13 @@ class Turns:
         warm = any(one.warm for one in sides)
         for one in sides:  # all of a case or none, so that nobody is favoured
             one.warm = warm and one.call is not None and one.call.may_repeat
-        least, most = self._rounds
-        least = min([least, *(one.call.rounds for one in sides if one.call)])
+        least = min(one.call.rounds for one in sides if one.call)
         least = min(least, SLOW_ROUNDS) if seconds > SLOW else least
         case = sides[0].case
-        if len(sides) == 1 and not case.alone:  # there is no ratio
-            least = min(least, QUICK_ROUNDS[0])
+        if self._quick or (len(sides) == 1 and not case.alone):  # there is no ratio
+            least = min(least, FEW_ROUNDS)
         wanted = self._seconds * (ALONE if case.alone else ready)
-        return min(most, max(least, round(wanted / seconds))), seconds
+        return min(self._most, max(least, round(wanted / seconds))), seconds
 
 
 def group_of(item: pytest.Item, case: Case, side: Side) -> Group:

@@ -222,6 +222,20 @@ class Waiting(Call):
         self._counts.append(self.count)
 
 
+def measure(case: Case, sides: list[Side], quick: bool) -> list[Measured]:
+    """What the sides did, of one test."""
+    items: Any = [
+        SimpleNamespace(
+            nodeid=f"op[{side}]",
+            callspec=SimpleNamespace(params={"case": case, "side": side}),
+            get_closest_marker=lambda name: None,
+        )
+        for side in sides
+    ]
+    turns = Turns(items, quick, say=print)
+    return [turns.measure(item, case, side) for item, side in zip(items, sides, strict=True)]
+
+
 @pytest.mark.parametrize(
     ("wait", "peak", "repeats", "untimed"),
     [(0.001, 0, True, 1), (0.04, 0, True, 0), (0.04, 2**27, True, 1), (0.001, 0, False, 0)],
@@ -231,18 +245,31 @@ def test_all_sides_of_a_case_begin_with_an_untimed_call_or_none(
 ) -> None:
     case, counts = Case("op", ()), list[int]()
     sides = [Side(name, partial(Waiting, counts, w, p, repeats)) for name, w, p in (("a", wait, peak), ("b", 0.05, 0))]
-    items: Any = [
-        SimpleNamespace(
-            nodeid=f"op[{side}]",
-            callspec=SimpleNamespace(params={"case": case, "side": side}),
-            get_closest_marker=lambda name: None,
-        )
-        for side in sides
-    ]
-    turns = Turns(items, quick=True, say=print)
-    measured = [turns.measure(item, case, side) for item, side in zip(items, sides, strict=True)]
+    measured = measure(case, sides, quick=True)
     assert sorted(counts) == sorted(1 + len(one.samples) * (1 + untimed) for one in measured)  # one when prepared
     assert all(one.samples for one in measured)
+
+
+@pytest.mark.parametrize(
+    ("rounds", "seconds", "quick", "right"),
+    [([17], 0.0, False, 3), ([17, 15], 0.0, False, 15), ([17, 15], 0.0, True, 3), ([17, 15], 1.0, False, 40)],
+)
+def test_a_case_has_as_many_rounds_as_do_for_its_calls(
+    rounds: list[int], seconds: float, quick: bool, right: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Brief(Call):
+        seconds = 0.0  # one call a sample
+
+        def __init__(self, rounds: int, case: Case) -> None:
+            self.rounds = rounds
+
+        def __call__(self) -> None:
+            pass
+
+    monkeypatch.setattr("benchmarks.turns.SECONDS", seconds)
+    monkeypatch.setattr("benchmarks.turns.QUICK_SECONDS", seconds)
+    measured = measure(Case("op", ()), [Side(str(count), partial(Brief, count)) for count in rounds], quick)
+    assert [len(one.samples) for one in measured] == [right] * len(rounds)
 
 
 def test_what_was_done_ahead_does_not_make_samples_longer() -> None:
