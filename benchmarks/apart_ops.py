@@ -54,7 +54,7 @@ class ApartOp(ApartCall):
     """
 
     seconds = 0.05  # more than in our process, for the other's threads have to wake
-    rounds = 15  # more than others: calls that ask for new pages have two speeds
+    rounds, lives = 15, 3  # calls that ask for new pages have two speeds, and one process is faster than the next
 
     def __init__(self, make: Make, case: Case) -> None:
         super().__init__(Apart(Op, make, case), pauses=False)  # nothing goes on there between calls

@@ -67,6 +67,7 @@ class Call(ABC):
 
     seconds, calls = 1e-2, 1  # that a sample has at least
     rounds = 10  # that do where they take long
+    lives = 1  # how often it is made in a measurement: each time its memory lies elsewhere, and its process is another
     cold = False  # whether every call takes as long as the first: one will do before, and no memory is told
     may_repeat = True  # whether there is time for a call that is not timed before those of a sample
 
@@ -106,10 +107,11 @@ class Function(Call):
     Args:
         function: without arguments.
         seconds: that a sample takes at least.
+        rounds: that do where they take long.
     """
 
-    def __init__(self, function: Callable[[], Any], seconds: float = Call.seconds) -> None:
-        self._function, self.seconds = function, seconds
+    def __init__(self, function: Callable[[], Any], seconds: float = Call.seconds, rounds: int = Call.rounds) -> None:
+        self._function, self.seconds, self.rounds = function, seconds, rounds
 
     def __call__(self) -> Any:
         return self._function()

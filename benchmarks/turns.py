@@ -68,9 +68,7 @@ class Measured:
         check = self.case.check if self.side.agrees else None
         if self.case.device == "cuda" and not torch.cuda.is_available():
             pytest.skip("needs a CUDA device")
-        torch.manual_seed(0)
-        made = self.side.make(self.case)
-        self.call = made if isinstance(made, Call) else Function(made)
+        self._make()
         with self.turn() as call:
             start = time.perf_counter()
             result = call()  # the first call compiles, and brings code and threads into memory
@@ -90,6 +88,11 @@ class Measured:
         self.calls = min(MOST_CALLS, max(call.calls, math.ceil(call.seconds / seconds)))
         return seconds * self.calls
 
+    def _make(self) -> None:
+        torch.manual_seed(0)
+        made = self.side.make(self.case)
+        self.call = made if isinstance(made, Call) else Function(made)
+
     def _once_more(self, call: Call) -> float:
         """How much memory the call takes now that it is warm, and about how many seconds."""
         seconds = 0.0
@@ -104,12 +107,26 @@ class Measured:
                 seconds = min(seconds, *(self._seconds(call, 1) for _ in range(4)))
         return seconds
 
-    def sample(self) -> None:
-        """Time the call, as often as a sample needs it."""
+    def sample(self, rounds: int) -> None:
+        """Time the call, as often as a sample needs it; a call of several lives is made anew at even distances.
+
+        Args:
+            rounds: that there will be.
+        """
+        assert self.call is not None
+        done, lives = len(self.samples), self.call.lives
+        if lives * done // rounds != lives * max(done - 1, 0) // rounds:
+            self._renew()
         with self.turn() as call:
             if self.warm:
                 self._seconds(call, 1)
             self.samples.append(self._seconds(call, self.calls) / self.calls)
+
+    def _renew(self) -> None:
+        self.close()
+        self._make()
+        with self.turn() as call:
+            self._seconds(call, 1)  # the first call is not like the others
 
     def _seconds(self, call: Call, calls: int) -> float:
         seconds = call.timed(calls, self.case.device)
@@ -203,12 +220,13 @@ class Turns:
             gc.freeze()
             gc.disable()  # a collection would be counted to whom it happens
             last.callback(gc.enable)
-            for number in turn_order([count for count, _ in plans]):
+            rounds = [count for count, _ in plans]
+            for number in turn_order(rounds):
                 gc.collect()
                 for one in cases[number]:
                     if one.failure is None:
                         with one.blamed():
-                            one.sample()
+                            one.sample(rounds[number])
                 cases[number].reverse()  # nobody always comes after the same one
 
     def _prepare(self, sides: list[Measured]) -> tuple[int, float]:

@@ -195,7 +195,7 @@ def test_a_sample_of_brief_or_large_calls_begins_with_one_that_is_not_timed(
     one.prepare()
     assert one.warm == untimed
     waits.append(1.0)
-    one.sample()
+    one.sample(rounds=1)
     assert not waits
     assert (one.samples[0] < 0.5) == untimed
 
@@ -270,6 +270,30 @@ def test_a_case_has_as_many_rounds_as_do_for_its_calls(
     monkeypatch.setattr("benchmarks.turns.QUICK_SECONDS", seconds)
     measured = measure(Case("op", ()), [Side(str(count), partial(Brief, count)) for count in rounds], quick)
     assert [len(one.samples) for one in measured] == [right] * len(rounds)
+
+
+@pytest.mark.parametrize("lives", [1, 3])
+def test_a_call_of_several_lives_is_made_anew_at_even_distances(lives: int) -> None:
+    class Brief(Call):
+        seconds = 0.0  # one call a sample
+
+        def __init__(self, case: Case) -> None:
+            self.lives, self.count = lives, 0
+            made.append(self)
+
+        def __call__(self) -> None:
+            assert self not in closed
+            self.count += 1
+
+        def close(self) -> None:
+            closed.append(self)
+
+    made, closed = list[Brief](), list[Brief]()
+    (one, _) = measure(Case("op", ()), [Side("a", Brief), Side("b", Brief)], quick=False)
+    assert len(one.samples) == 40
+    assert len(made) == len(closed) == 2 * lives
+    # A later life is 13 rounds of an untimed and a timed call, after its first call.
+    assert sorted(call.count for call in made)[:-2] == [1 + 13 * 2] * 2 * (lives - 1)
 
 
 def test_what_was_done_ahead_does_not_make_samples_longer() -> None:
